@@ -1,0 +1,52 @@
+"""`python -m trainer <verb> ...`: what can be done with runs, sweeps and data besides training.
+
+A table of verbs; each is a function of its arguments in a module that is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import tasks  # noqa: F401  (importing registers the tasks' schemas)
+from trainer.config.names import nearest
+from trainer.errors import ConfigError, Problem
+from trainer.launch.door import guarded
+
+VERBS = {  # verb -> (module:function, what it does)
+    "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),
+    "validate": ("trainer.launch.check:main", "OVERRIDES: everything that is wrong with a run, without starting it"),
+    "shards": ("trainer.data.shards.verbs:shards", "index DIR | pack SRC DST: look through shards, or make them"),
+    "split": ("trainer.data.shards.verbs:split", "DIR --val 0.1 --seed 0: divide a folder of classes into train/ and val/"),
+    "plot-lr": (
+        "trainer.launch.plot_lr:main",
+        "OVERRIDES [--out FILE]: learning rate and momentum of every step, as a table and a picture",
+    ),
+    "show-batch": ("trainer.launch.show_batch:main", "OVERRIDES [--out FILE]: a contact sheet of what the network will see"),
+    "bench-loader": ("trainer.launch.bench_loader:main", "OVERRIDES: images per second over workers x prefetch, and which to use"),
+    "describe-data": ("trainer.launch.describe:main", "OVERRIDES: counts, sizes, colours, duplicates and bad files of a dataset"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """The exit code of the verb that `argv` begins with."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(map(len, VERBS))
+        print("python -m trainer <verb> ...\n")
+        print("\n".join(f"  {verb:{width}}  {meaning}" for verb, (_, meaning) in VERBS.items()))
+        return 0
+    return guarded(lambda: _call(argv[0], argv[1:]))
+
+
+def _call(verb: str, arguments: list[str]) -> int | None:
+    if verb not in VERBS:
+        close = nearest(verb, VERBS)
+        raise ConfigError(
+            Problem("verb", verb, f"there are {', '.join(VERBS)}", f"python -m trainer {close}" if close else "python -m trainer")
+        )
+    module, function = VERBS[verb][0].split(":")
+    return getattr(import_module(module), function)(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

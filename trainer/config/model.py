@@ -1,0 +1,92 @@
+"""Networks, by the names timm and torchvision know them by."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trainer.config.fields import schema, setting
+from trainer.errors import Problem
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass
+class ModelConfig:
+    """A network's recipe. What a task can ask of it is in `offers`; `build` imports the library behind it."""
+
+    offers: ClassVar[frozenset[str]] = frozenset({"classifier"})
+
+    name: str = setting(help="the network's name in its library, as timm.list_models() prints it")
+    patch_size: int | None = setting(None, "side of a patch in pixels (transformers); null = the network's own", ge=1)
+    in_channels: int | None = setting(None, "channels of the input; null = the dataset's", ge=1)
+    args: dict[str, Any] = setting({}, "further keyword arguments of the network's constructor")
+    pretrained: bool = setting(
+        False, "start from the library's published weights, out of the local cache or from the network; those in a file: init_from"
+    )
+
+    @property
+    def input_multiple(self) -> int | None:
+        """The image size must be a multiple of this many pixels; None = any size, or not known before it is built."""
+        return self.patch_size or self.own_patch_size
+
+    @property
+    def own_patch_size(self) -> int | None:
+        """The patch size that comes with the network, as its name tells it."""
+        return None
+
+    @abstractmethod
+    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        """The network, ending in `num_classes` logits; with `num_classes=0`, in pooled features [N, D]."""
+
+    def problems(self, at: str, image_size: int) -> Iterator[Problem]:
+        multiple = self.input_multiple
+        if multiple and image_size % multiple:
+            near = max(multiple, round(image_size / multiple) * multiple)
+            yield Problem(
+                "dataset.image_size",
+                image_size,
+                f"{at}={self.name} cuts images into patches of {multiple} pixels, so the size must be a multiple of {multiple}",
+                f"dataset.image_size={near}",
+            )
+
+
+@schema("model", "timm")
+@dataclass
+class TimmModel(ModelConfig):
+    """Any network of timm."""
+
+    offers: ClassVar[frozenset[str]] = frozenset({"classifier", "features"})
+
+    drop_rate: float = setting(0.0, "dropout before the classifier, as a probability", ge=0, lt=1)
+    drop_path_rate: float = setting(0.0, "stochastic depth of the last block, as a probability (arXiv:1603.09382)", ge=0, lt=1)
+
+    @property
+    def own_patch_size(self) -> int | None:
+        found = re.search(r"patch(\d+)", self.name)  # vit_base_patch16_224, swin_tiny_patch4_window7_224
+        return int(found[1]) if found else None
+
+    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        from trainer.models import build_timm
+
+        return build_timm(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
+
+
+@schema("model", "torchvision")
+@dataclass
+class TorchvisionModel(ModelConfig):
+    """Any classifier of torchvision."""
+
+    @property
+    def own_patch_size(self) -> int | None:
+        found = re.fullmatch(r"vit_[a-z]_(\d+)", self.name)  # vit_b_16
+        return int(found[1]) if found else None
+
+    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        from trainer.models import build_torchvision
+
+        return build_torchvision(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)

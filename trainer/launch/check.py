@@ -1,0 +1,18 @@
+"""`python -m trainer validate <overrides>`: is this run sound, and where would it lie?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainer.launch.door import checked_run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compose and check a run without starting it. Raises ConfigError with everything that is wrong."""
+    from trainer.config import Resume
+    from trainer.rundir import run_directory
+
+    run = checked_run(argv)
+    run.resume = Resume.auto  # never and must look for, or make, directories
+    print(f"sound: {run_directory(run)}")
+    return 0

@@ -1,0 +1,213 @@
+"""What happens between the command line and the first line of a run, and what the user sees where it goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from trainer.config import RunConfig
+from trainer.errors import ConfigError, Interrupted, Problem, Stopped, TrainyardError
+from trainer.launch import diagnose
+from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.resolve import resolve
+
+FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: every traceback, whole
+_MOST_PROBLEMS = 20  # of a sweep; more would bury the first ones
+
+
+def enter(hydra_main: Callable[[], Any], argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code.
+
+    A single run is composed here: Hydra would compose it twice, stop at the first mistake and exit with 1. The rest of
+    its command line (-m, --cfg, --info, completion …) is Hydra's.
+    """
+    return guarded(lambda: _enter(hydra_main, list(sys.argv[1:] if argv is None else argv)))
+
+
+def guarded(action: Callable[[], int | None]) -> int:
+    """The exit code of `action`. An error of ours is said in words; anything else is a fault and keeps its traceback."""
+    try:
+        return action() or 0
+    except TrainyardError as error:
+        if _wants_tracebacks():
+            raise
+        report(error)
+        return error.exit_code
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return Interrupted.exit_code
+
+
+def report(error: TrainyardError) -> None:
+    """Say what went wrong, on stderr, once."""
+    if getattr(error, "reported", False):
+        return
+    error.reported = True  # type: ignore[attr-defined]
+    if isinstance(error, Stopped | Interrupted) and not _speaks():
+        return  # all ranks stop for one reason
+    if not isinstance(error, ConfigError):
+        print(f"\n{error}", file=sys.stderr)
+        return
+    count = len(error.problems)
+    print(f"{count} problem{'s' if count > 1 else ''} with this configuration:", file=sys.stderr)
+    for problem in error.problems:
+        print("\n  " + str(problem).replace("\n", "\n  "), file=sys.stderr)
+
+
+def _speaks() -> bool:
+    """Whether it is for this process to say what concerns all ranks: under torchrun every one of them composes and stops."""
+    from trainer.surroundings import surroundings
+
+    return surroundings().is_main
+
+
+def checked_run(overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:
+    """The run behind a command line, with its warnings said. Raises ConfigError with everything that is wrong."""
+    from trainer.validation import warnings_of
+
+    speaks = _speaks()
+    try:
+        run = compose_run(*overrides, config_dir=config_dir)
+    except ConfigError as error:
+        error.reported = not speaks  # type: ignore[attr-defined]
+        raise
+    for warning in warnings_of(run) if speaks else ():
+        print(f"warning: {warning}", file=sys.stderr)
+    return run
+
+
+def _enter(hydra_main: Callable[[], Any], argv: list[str]) -> int:
+    from hydra._internal.utils import get_args_parser  # the grammar that hydra.main uses
+
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.run, args.multirun, args.cfg, args.info, args.shell_completion))) > 1:
+        parser.error("one of --run, --multirun, --cfg, --info and --shell-completion at a time")
+    if args.resolve and not args.cfg:
+        parser.error("--resolve goes with --cfg")
+    if args.help:
+        from trainer.launch.help import explain
+
+        print(explain(compose(args.overrides, args.config_dir), bold=sys.stdout.isatty()))
+        return 0
+    options = ("hydra_help", "cfg", "package", "multirun", "shell_completion", "config_path", "config_name", "experimental_rerun", "info")
+    if any(getattr(args, name) for name in options) or _is_hydras(args.overrides):
+        return _hydras(hydra_main, args)
+    return _dispatch(checked_run(args.overrides, args.config_dir))
+
+
+def _is_hydras(overrides: Sequence[str]) -> bool:
+    """Whether a single run asks for something of Hydra's own: a callback, a working directory, environment variables."""
+    theirs = [line for line in overrides if line.lstrip("+~").startswith(("hydra.", "hydra/")) and not line.startswith("hydra.searchpath=")]
+    for line in theirs:
+        key, _, value = line.partition("=")
+        if key in ("hydra/launcher", "hydra/sweeper"):
+            # Hydra would ignore it without a word, and train right here.
+            raise ConfigError(Problem(key, value, "is about the jobs of a sweep, and this is a single run", f"-m {line}"))
+    return bool(theirs)
+
+
+def _hydras(hydra_main: Callable[[], Any], args: Namespace) -> int:
+    """What Hydra does itself, but with our account of what is wrong."""
+    if args.multirun:
+        _check_sweep(args)
+    before = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # lets errors out instead of ending the process with 1
+    try:
+        hydra_main()
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        if before not in (None, "", "0"):
+            raise
+        problems = [] if args.multirun else compose(args.overrides, args.config_dir).problems
+        raise ConfigError(*(problems or [diagnose.in_words(error)])) from error
+    finally:
+        _restore(before)
+    return 0
+
+
+def _dispatch(run: RunConfig) -> int:
+    from trainer.launch.dispatch import dispatch  # --help and --cfg need no run directories
+
+    return dispatch(run)
+
+
+def run_job(cfg: DictConfig) -> None:
+    """One job that Hydra starts. What goes wrong is said at once; the jobs after it run all the same, unless told to stop."""
+    from trainer.validation import validate
+
+    before = os.environ.pop(FULL_ERROR, None)
+    try:
+        run = resolve(cfg, HydraConfig.get().overrides.task)
+        validate(run)  # another sweeper than the basic one chooses values that nobody could check before
+        code = _dispatch(run)
+        if code in (Stopped.exit_code, Interrupted.exit_code):
+            sys.exit(code)
+        if code:
+            raise JobFailed(code)
+    except TrainyardError as error:
+        report(error)
+        if isinstance(error, Stopped | Interrupted):
+            sys.exit(error.exit_code)
+        raise
+    finally:
+        _restore(before)
+
+
+class JobFailed(TrainyardError):
+    """A job's ranks ended with this code and have said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the job ended with exit code {code}")
+        self.exit_code = code
+
+
+def _check_sweep(args: Namespace) -> None:
+    """Compose and check every job before the first one starts."""
+    found: dict[tuple[str, str, str], Problem] = {}
+    for overrides in jobs(args.overrides):
+        for problem in checked(compose(overrides, args.config_dir))[1]:
+            found.setdefault((problem.key, str(problem.value), problem.reason), problem)
+        if len(found) >= _MOST_PROBLEMS:
+            break
+    if found:
+        raise ConfigError(*found.values())
+
+
+def jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The command line of every job of a sweep, as Hydra's basic sweeper multiplies them out; none where another sweeper chooses."""
+    if any(line.lstrip("+").startswith("hydra/sweeper") for line in overrides):
+        return
+    parser = OverridesParser.create()
+    axes: list[list[str]] = []
+    for line in overrides:
+        try:
+            override = parser.parse_override(line)
+            swept = override.is_sweep_override() and not override.is_hydra_override()
+            axes.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()] if swept else [line])
+        except HydraException:  # not an override, or a sweep without an end: told where it is composed
+            axes.append([line])
+    yield from (list(job) for job in itertools.product(*axes))
+
+
+def _wants_tracebacks() -> bool:
+    return os.environ.get(FULL_ERROR, "0") not in ("0", "")
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(FULL_ERROR, None)
+    else:
+        os.environ[FULL_ERROR] = before

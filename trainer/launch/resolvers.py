@@ -1,0 +1,36 @@
+"""What conf/ may call as ${name:}: values that no YAML can hold, because they depend on the user or on other choices."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from trainer.config import ModelConfig, TaskConfig
+from trainer.launch.resolve import to_object
+
+
+def temporary_directory() -> str:
+    """The same folder every time, and another for every user."""
+    import tempfile  # and with it compression and random numbers, which few runs need here
+
+    return str(Path(tempfile.gettempdir()) / f"trainyard-{os.getuid()}")
+
+
+def fitting_image_size(at_least: int, *, _root_: DictConfig) -> int:
+    """The smallest side, in pixels, that is no less than this and that the network can cut into whole patches."""
+    model = to_object(_root_.model)
+    multiple = (model.input_multiple if isinstance(model, ModelConfig) else None) or 1
+    return -(-at_least // multiple) * multiple
+
+
+def small_image_size(*, _root_: DictConfig) -> int:
+    """The smallest side, in pixels, that both the task and the network can do with."""
+    task = OmegaConf.get_type(_root_, "task")
+    smallest = task.smallest_image if isinstance(task, type) and issubclass(task, TaskConfig) else TaskConfig.smallest_image
+    return fitting_image_size(smallest, _root_=_root_)
+
+
+for resolver in (temporary_directory, fitting_image_size, small_image_size):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
