@@ -1,0 +1,140 @@
+"""The parts of a run that follow from its config alone: data in their order, lengths, the task. No loop, no files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+
+from trainer import models
+from trainer.compiling import compile_in_place
+from trainer.config import RunConfig
+from trainer.data.order import Order
+from trainer.data.source import Source, Subset, fingerprints
+from trainer.engine import Periods
+from trainer.errors import ConfigError, Problem
+from trainer.random import fold
+from trainer.task import DataInfo, Task
+from trainer.update import has_batch_statistics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Both splits, the order of the training one, and what follows from their sizes."""
+
+    train: Source
+    val: Source | None
+    order: Order
+    total_steps: int
+    fingerprints: dict[str, str]  # of the whole splits
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.order.steps_per_epoch
+
+    def info(self) -> DataInfo:
+        return DataInfo(
+            num_train=len(self.train),
+            num_val=len(self.val) if self.val is not None else 0,
+            classes=tuple(self.train.classes),
+            channels=self.train.channels,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+        )
+
+
+def build_data(run: RunConfig) -> Data:
+    """Open both splits and lay out the order of training.
+
+    Raises:
+        ConfigError: the data are missing or smaller than one batch.
+        DataError: the index does not hold together.
+    """
+    train, val = run.dataset.build("train"), run.dataset.build("val")
+    prints = fingerprints(train=train, val=val)
+    if run.debug.overfit:
+        first = _order(run, train).step_samples(0).index
+        train = Subset(train, np.unique(first))
+        val = train
+    order = _order(run, train)
+    if order.steps_per_epoch == 0:
+        raise ConfigError(
+            Problem(
+                "loop.batch_size",
+                run.loop.batch_size,
+                f"is more than the {len(train)} training images there are",
+                f"loop.batch_size={_power_below(len(train))}",
+            )
+        )
+    epochs = run.loop.epochs or run.loop.default_epochs
+    return Data(train, val, order, run.loop.steps or epochs * order.steps_per_epoch, prints)
+
+
+def _order(run: RunConfig, source: Source) -> Order:
+    labels = source.labels() if run.dataset.class_balanced else None
+    return Order(
+        size=len(source),
+        seed=run.seed,
+        batch_size=run.loop.batch_size,
+        drop_last=run.loop.drop_last and not run.debug.overfit,
+        samples_per_epoch=run.loop.samples_per_epoch,
+        repeats=run.dataset.repeats,
+        labels=labels,
+        fraction=run.dataset.train_fraction,
+    )
+
+
+def _power_below(n: int) -> int:
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def build_task(run: RunConfig, data: Data, device: torch.device, world_size: int) -> Task:
+    """The task on its device, with weights drawn from the run's seed alone."""
+    torch.manual_seed(fold(run.seed, 0x1417))
+    task = run.task.build(run, data.info())
+    cut = [name for name, n in (("ranks", world_size), ("micro-batches", run.loop.accumulate)) if n > 1]
+    if run.loop.sync_batchnorm and world_size > 1:
+        if device.type != "cuda":
+            raise ConfigError(
+                Problem("loop.sync_batchnorm", True, "torch synchronises batch statistics on GPUs only", "loop.sync_batchnorm=false")
+            )
+        task = cast(Task, torch.nn.SyncBatchNorm.convert_sync_batchnorm(task))
+        cut = [c for c in cut if c != "ranks"]
+    models.prepare(task, run.loop)
+    if cut and has_batch_statistics(task):
+        logger.warning(
+            "this network has batch normalisation and the batch is cut up over %s: each part is normalised by its own statistics, so results "
+            "differ from those of one process%s", " and ".join(cut), "; loop.sync_batchnorm=true mends it across ranks on GPUs" if "ranks" in cut else "",
+        )  # fmt: skip
+    task = task.to(device)
+    if run.loop.compile:
+        for part in task.compiled_parts():
+            compile_in_place(part, run.loop.compile_mode)
+    return task
+
+
+def periods_of(run: RunConfig, data: Data) -> Periods:
+    """When things are due, with periods in epochs turned into optimizer steps."""
+    loop, epoch = run.loop, data.steps_per_epoch
+    return Periods(
+        total=data.total_steps,
+        epoch=epoch,
+        log=loop.log_every,
+        validate=loop.validate_every_steps or (loop.validate_every or 0) * epoch,
+        checkpoint=(loop.checkpoint_every or 0) * epoch,
+        checkpoint_steps=loop.checkpoint_every_steps or 0,
+    )
+
+
+def best_metric(run: RunConfig, task: Task) -> tuple[str, bool]:
+    """The metric that decides `best`, and whether more of it is better."""
+    metric = run.loop.best_metric or task.main_metric
+    if metric == task.main_metric:
+        return metric, task.higher_is_better
+    lower = ("loss", "error", "nmse", "entropy", "seconds")
+    return metric, not any(word in metric for word in lower)

@@ -1,0 +1,73 @@
+"""How good are features? Two answers that need no tuning: nearest neighbours, and a linear classifier on top.
+
+Both are functions of features and labels that are already gathered (`trainer.evaluation.all_cat`), so they give the same
+figure on any number of ranks. They know no task: whoever has features and labels may ask.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def knn_scores(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, num_classes: int, *, k: int = 20, temperature: float = 0.07, chunk: int = 1024
+) -> Tensor:
+    """Votes of the `k` most similar features of the bank, weighed by exp(cosine / temperature) (arXiv:1805.01978, sec. 3.4).
+
+    Args:
+        bank: [M, D] features of known label. bank_labels: [M] int64. queries: [N, D].
+        k: neighbours; fewer where the bank is smaller. chunk: queries at a time, to bound memory at chunk x M floats.
+
+    Returns:
+        [N, num_classes] float32; the prediction is the argmax.
+    """
+    if bank.shape[0] == 0:
+        raise ValueError("k-NN needs at least one feature of known label")
+    bank = F.normalize(bank.float(), dim=1)
+    k = min(k, bank.shape[0])
+    votes = []
+    for part in F.normalize(queries.float(), dim=1).split(chunk):
+        similarity, nearest = (part @ bank.T).topk(k, dim=1)  # [n, k]
+        weights = ((similarity - 1) / temperature).exp()  # - 1: a common factor, and exp(1 / 0.07) is 1.6e6
+        votes.append(weights.new_zeros(part.shape[0], num_classes).scatter_add_(1, bank_labels[nearest], weights))
+    return torch.cat(votes)
+
+
+def fit_linear(features: Tensor, labels: Tensor, num_classes: int, *, l2: float = 1e-4, max_iterations: int = 200) -> LinearProbe:
+    """A multinomial logistic regression on standardised features, by full-batch L-BFGS: convex, so no learning rate to find.
+
+    Minimises mean cross-entropy + l2 / 2 * ||W||^2 over W [C, D] and b [C]; features [N, D], labels [N] int64.
+    """
+    with torch.no_grad():
+        features = features.double()
+        mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+        x = (features - mean) / std
+    weight = torch.zeros(num_classes, x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
+    bias = torch.zeros(num_classes, dtype=x.dtype, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iterations, tolerance_grad=1e-7, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + 0.5 * l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(objective)  # pyright: ignore[reportArgumentType]  # typed as returning float; it returns a tensor
+    return LinearProbe(weight.detach() / std, (bias - (weight * (mean / std)).sum(1)).detach())
+
+
+class LinearProbe:
+    """Weights [C, D] and biases [C] on raw features."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Logits [N, C] of features [N, D]."""
+        return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
