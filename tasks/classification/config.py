@@ -1,0 +1,37 @@
+"""Config of the classification task. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from trainer.config import RunConfig, TaskConfig, schema, setting
+from trainer.errors import Problem
+
+if TYPE_CHECKING:
+    from tasks.classification.task import Classification
+    from trainer.task import DataInfo
+
+
+@schema("task", "classification")
+@dataclass
+class ClassificationConfig(TaskConfig):
+    """One label per image, softmax cross-entropy."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"image", "label"})
+    asks: ClassVar[frozenset[str]] = frozenset({"classifier"})
+
+    label_smoothing: float = setting(0.0, "share of the target spread evenly over all classes (arXiv:1512.00567, sec. 7)", ge=0, lt=1)
+
+    def build(self, run: RunConfig, data: DataInfo) -> Classification:
+        from tasks.classification.task import Classification
+
+        model = run.model.build(num_classes=len(data.classes), image_size=run.dataset.image_size, in_channels=data.channels)
+        return Classification(model, self, num_classes=len(data.classes))
+
+    def problems(self, run: RunConfig) -> Iterator[Problem]:
+        classes = run.dataset.facts().num_classes
+        if classes is not None and classes < 2:
+            reason = f"has {classes} class: a classifier needs at least two to tell apart"
+            yield Problem("dataset.path", run.dataset.path, reason, "dataset.path=<a folder that holds one folder for each class>")
