@@ -1,0 +1,48 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+import tasks  # noqa: F401  (registers the schemas)
+
+# The same examples every time and no deadline: a shared machine pauses for longer than any sensible one.
+settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+settings.load_profile("steady")
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+class RealData:
+    """Real photographs, unpacked when first asked for: `shared_data / "cifar10"`. Skips where they are not at hand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __truediv__(self, name: str) -> Path:
+        packed = REAL_DATA / f"{name}.tar"
+        if not packed.exists():
+            pytest.skip(f"needs the real photographs of {name}.tar in ../shared/data beside the checkout")
+        if not (self.directory / name).exists():
+            with tarfile.open(packed) as tar:
+                tar.extractall(self.directory, filter="data")
+        return self.directory / name
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory: pytest.TempPathFactory) -> RealData:
+    """Real data for the session. Read only: a test that changes files copies them first."""
+    return RealData(tmp_path_factory.mktemp("real"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Nothing a test caches ends up in the home directory."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()

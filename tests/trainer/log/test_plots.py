@@ -1,0 +1,118 @@
+"""The curves: which pictures a record gives, what is in them, and that drawing never disturbs the run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from PIL import Image
+
+from trainer.config import LoggerConfig, RunConfig
+from trainer.log import draw, open_journal
+from trainer.log.journal import Journal
+
+RUN = RunConfig(name="demo", version="s0", logger=LoggerConfig())
+
+
+def write(directory: Path, steps: int, **more: float) -> None:
+    with Journal(directory, csv=False) as journal:
+        for step in range(1, steps + 1):
+            scalars = {"train/loss": 100 / step**2, "train/top1": 1 - 1 / step, "train/lr": 1e-3 / step} | more
+            journal.write(step, step / 10, step, {name.replace("__", "/"): value for name, value in scalars.items()})
+            if step % 10 == 0:
+                journal.write(step, step / 10, step, {"val/loss": 120 / step**2, "val/top1": 1 - 2 / step, "val/seconds": 0.1})
+
+
+def curves_of(axis: Axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    return {str(line.get_label()): (np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axis.get_lines()}
+
+
+def test_the_files(tmp_path: Path) -> None:
+    write(tmp_path, 50)
+    assert [path.name for path in draw.draw(tmp_path)] == ["loss.png", "metrics.png", "learning_rate.png"]
+    write(tmp_path, 50, train__momentum=0.9)
+    assert {path.name for path in draw.draw(tmp_path)} == {path.name for path in (tmp_path / "plots").iterdir()} > {"momentum.png"}
+    for path in (tmp_path / "plots").iterdir():
+        with Image.open(path) as image:
+            image.load()
+            colors = image.convert("RGB").getcolors(1 << 24) or []
+        assert image.size[0] > 600 and len(colors) > 20, f"{path.name} is empty"
+
+
+def test_the_curves_are_the_record(tmp_path: Path) -> None:
+    write(tmp_path, 50)
+    curves, steps_per_epoch = draw.read_curves(tmp_path / "metrics.jsonl")
+    assert steps_per_epoch == 10
+    figure = draw.losses(curves)
+    assert figure is not None
+    (axis,) = figure.axes
+    drawn = curves_of(axis)
+    np.testing.assert_array_equal(drawn["training"][1], [100 / step**2 for step in range(1, 51)])
+    np.testing.assert_array_equal(drawn["validation"][0], [10, 20, 30, 40, 50])
+    assert axis.get_yscale() == "log", "from 100 to 0.04 on a linear axis is a line along the floor"
+    figure = draw.metrics(curves)
+    assert figure is not None
+    (axis,) = figure.axes
+    assert "best 96.00 %" in curves_of(axis)
+
+
+def test_terms_of_the_loss_have_a_panel_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, 20, train__loss_box=1.0, train__loss_class=2.0)
+    curves, _ = draw.read_curves(tmp_path / "metrics.jsonl")
+    figure = draw.losses(curves)
+    assert figure is not None
+    assert list(curves_of(figure.axes[1])) == ["box", "class"]
+
+
+def test_a_long_record_is_thinned_to_means(tmp_path: Path) -> None:
+    steps = np.arange(1, 60_001, dtype=np.float64)
+    values = np.sin(steps / 5000) + np.where(steps % 2 == 0, 0.5, -0.5)
+    values[100] = math.nan
+    figure = draw.losses({"train/loss": (steps, values)})
+    assert figure is not None
+    x, y = curves_of(figure.axes[0])["training"]
+    assert len(x) == draw.POINTS
+    np.testing.assert_allclose(y, np.sin(x / 5000), atol=0.01)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_little_to_draw(tmp_path: Path, rows: int) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    write(tmp_path, rows)
+    assert len(draw.draw(tmp_path)) == (2 if rows else 0)
+
+
+def test_numbers_that_are_none_leave_gaps(tmp_path: Path) -> None:
+    write(tmp_path, 20, train__loss=math.nan)
+    assert len(draw.draw(tmp_path)) == 3
+
+
+def test_a_run_ends_with_its_pictures(tmp_path: Path) -> None:
+    with open_journal(tmp_path, RUN, True) as journal:
+        journal.rewind(0)
+        journal.write(1, 1, 1, {"train/loss": 1.0})
+        journal.write(2, 2, 2, {"train/loss": 0.5})
+    assert (tmp_path / "plots" / "loss.png").is_file()
+
+
+def test_drawing_that_fails_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.log.plots.FIRST", 0.05)
+    (tmp_path / "plots").write_text("a file stands where the directory should be")
+    with caplog.at_level(logging.WARNING), open_journal(tmp_path, RUN, True) as journal:
+        journal.rewind(0)
+        journal.write(1, 1, 1, {"train/loss": 1.0})
+    (record,) = caplog.records
+    assert "plots are not drawn" in record.message and "python -m trainer.log.draw" in record.message
+
+
+def test_drawing_needs_no_torch(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    code = "import sys; from trainer.log.draw import draw; from pathlib import Path; draw(Path(sys.argv[1])); print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert said.stdout == "False\n"

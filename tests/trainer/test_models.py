@@ -1,0 +1,330 @@
+"""Networks by name: sizes, channels, classes; what a library refuses, in the config's terms; recomputed activations."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from trainer import models, pretrained
+from trainer.config.loop import LoopConfig
+from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
+from trainer.errors import ConfigError, Problem
+
+
+def build(cfg: ModelConfig, size: int = 32, channels: int = 3, classes: int = 5) -> nn.Module:
+    return cfg.build(num_classes=classes, image_size=size, in_channels=channels)
+
+
+def output(model: nn.Module, size: int = 32, channels: int = 3) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0)))
+
+
+def refused(cfg: ModelConfig, size: int = 32, channels: int = 3) -> Problem:
+    with pytest.raises(ConfigError) as error:
+        build(cfg, size, channels)
+    (found,) = error.value.problems
+    assert isinstance(found, Problem)
+    return found
+
+
+# --- sizes, channels, classes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("test_vit", 48), ("test_vit_relpos", 48), ("test_resnet", 20), ("test_convnext", 40), ("test_efficientnet", 33),
+        ("test_maxvit", 64), ("swin_tiny_patch4_window7_224", 64), ("resnet18", 32),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("channels", "classes"), [(3, 5), (1, 0), (5, 2)])
+def test_timm_takes_any_size_channels_and_classes(name: str, size: int, channels: int, classes: int) -> None:
+    model: Any = build(TimmModel(name=name), size, channels, classes)
+    out = output(model, size, channels)
+    assert out.shape == (2, classes or model.num_features)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet18", 32), ("mobilenet_v3_small", 32), ("vit_b_16", 48), ("swin_t", 32), ("googlenet", 32)]
+)
+def test_torchvision_takes_any_size_channels_and_classes(name: str, size: int) -> None:
+    for channels, classes in ((3, 5), (4, 0)):
+        out = output(build(TorchvisionModel(name=name), size, channels, classes), size, channels)
+        assert out.shape[0] == 2
+        assert out.ndim == 2
+        assert classes == 0 or out.shape[1] == classes
+        assert classes != 0 or out.shape[1] > 64  # features
+
+
+def test_the_config_may_say_the_channels() -> None:
+    model: Any = build(TimmModel(name="test_resnet", in_channels=2), channels=3)
+    assert output(model, channels=2).shape == (2, 5)
+
+
+def test_patch_size_can_be_another() -> None:
+    model: Any = build(TimmModel(name="test_vit", patch_size=4))
+    assert model.patch_embed.num_patches == 64
+    assert output(model).shape == (2, 5)
+
+
+def test_drop_rates_reach_the_network() -> None:
+    model: Any = build(TimmModel(name="test_vit", drop_rate=0.3, drop_path_rate=0.2))
+    assert model.head_drop.p == 0.3
+    assert [round(b.drop_path1.drop_prob, 2) for b in model.blocks[1:]][-1] == 0.2
+
+
+def test_further_arguments_reach_the_network() -> None:
+    assert build(TimmModel(name="test_vit", args={"class_token": False, "global_pool": "avg"})).cls_token is None
+
+
+def test_weights_follow_from_the_global_seed_alone() -> None:
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(build(TimmModel(name="test_resnet")).state_dict())
+    assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+
+
+def test_trying_a_small_image_leaves_no_trace() -> None:
+    torch.manual_seed(3)
+    small = build(TimmModel(name="test_resnet"), size=32)
+    torch.manual_seed(3)
+    large = build(TimmModel(name="test_resnet"), size=128)  # not tried
+    assert small.training
+    assert all(torch.equal(a, b) for a, b in zip(small.state_dict().values(), large.state_dict().values(), strict=True))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cfg", "key", "fix"),
+    [
+        (TimmModel(name="resnet81"), "model.name", "model.name=resnet18"),
+        (TimmModel(name="vit_tiny_patch16_244"), "model.name", "model.name=vit_tiny_patch16_224"),
+        (TimmModel(name="resnet18.a1_in2k"), "model.name", "model.name=resnet18.a1_in1k"),
+        (TimmModel(name="test_resnet", patch_size=4), "model.patch_size", "model.patch_size=null"),
+        (TimmModel(name="vgg11", drop_path_rate=0.1), "model.drop_path_rate", "model.drop_path_rate=0"),
+        (TimmModel(name="test_vit", args={"depht": 2}), "model.args.depht", "leave model.args.depht out"),
+        (TimmModel(name="test_vit", args={"class_token": False}), "model.args.class_token", None),
+        (TimmModel(name="local-dir:/nowhere"), "model.name", None),
+        (TimmModel(name="resnet/18"), "model.name", None),
+        (TorchvisionModel(name="resnet81"), "model.name", "model.name=resnet18"),
+        (TorchvisionModel(name="fasterrcnn_resnet50_fpn"), "model.name", None),
+        (TorchvisionModel(name="resnet18", patch_size=4), "model.patch_size", "model.patch_size=null"),
+        (TorchvisionModel(name="resnet18", args={"dropout": 0.1}), "model.args.dropout", "leave model.args.dropout out"),
+        (TorchvisionModel(name="vit_b_16", patch_size=8), "model.patch_size", "model.patch_size=null"),
+    ],
+)
+def test_what_a_library_refuses_is_said_in_the_configs_terms(cfg: ModelConfig, key: str, fix: str | None) -> None:
+    found = refused(cfg)
+    assert found.key == key
+    assert fix is None or found.fix == fix
+
+
+@pytest.mark.parametrize("cfg", [TimmModel(name="convnext_tiny"), TorchvisionModel(name="convnext_tiny")])
+def test_an_image_too_small_for_the_network_is_refused_with_one_that_is_not(cfg: ModelConfig) -> None:
+    found = refused(cfg, size=16)
+    assert found.key == "dataset.image_size"
+    larger = int(found.fix.removeprefix("dataset.image_size="))
+    assert output(build(cfg, larger), larger).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "multiple"),
+    [
+        (TimmModel(name="vit_tiny_patch16_224"), 16),
+        (TimmModel(name="vit_base_patch14_reg4_dinov2"), 14),
+        (TimmModel(name="vit_tiny_patch16_224", patch_size=4), 4),
+        (TorchvisionModel(name="vit_h_14"), 14),
+        (TimmModel(name="resnet18"), None),
+        (TorchvisionModel(name="resnet18"), None),
+    ],
+)
+def test_the_multiple_of_the_patch_is_known_without_the_network(cfg: ModelConfig, multiple: int | None) -> None:
+    assert cfg.input_multiple == multiple
+    assert not list(cfg.problems("model", 14 * 16 * 4))
+    problems = list(cfg.problems("model", 14 * 16 * 4 + 1))
+    assert [p.fix for p in problems] == ([] if multiple is None else [f"dataset.image_size={14 * 16 * 4}"])
+
+
+def test_configs_import_no_torch() -> None:
+    code = (
+        "import sys; from trainer.config.model import TimmModel\n"
+        "assert list(TimmModel(name='vit_tiny_patch16_224').problems('model', 30)); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- pretrained weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No cache, and a resolver that knows no name."""
+
+    def nobody(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(pretrained.socket, "getaddrinfo", nobody)
+    for name in ("https_proxy", "http_proxy", "all_proxy", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("cfg", "where"),
+    [(TimmModel(name="test_vit", pretrained=True), "models--timm--test_vit"), (TorchvisionModel(name="resnet18", pretrained=True), "torch/checkpoints/resnet18-")],
+)  # fmt: skip
+def test_without_a_network_the_message_says_where_weights_may_be_put(cfg: ModelConfig, where: str) -> None:
+    found = refused(cfg)
+    assert found.key == "model.pretrained"
+    assert where in found.fix
+    assert "init_from=" in found.fix
+
+
+def test_weights_put_where_the_message_says_are_found(tmp_path: Path) -> None:
+    folder, revision = tmp_path / "models--timm--test_vit.r160_in1k", "a" * 40
+    (folder / "snapshots" / revision).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision)
+    source: Any = timm.create_model("test_vit")
+    save_file(source.state_dict(), folder / "snapshots" / revision / "model.safetensors")
+    code = (
+        "from trainer.config.model import TimmModel\n"
+        "model = TimmModel(name='test_vit', pretrained=True).build(num_classes=5, image_size=48, in_channels=3)\n"
+        "print(model.blocks[0].mlp.fc1.weight.double().sum().item())"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == source.blocks[0].mlp.fc1.weight.double().sum().item()
+
+
+def test_a_network_without_published_weights_says_so() -> None:
+    assert "no published weights" in refused(TimmModel(name="coatnet_0_224", pretrained=True), 64).reason
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "resnet18", "densenet121", "googlenet"])
+def test_torchvisions_weights_fit_other_sizes_channels_and_classes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # googlenet's constructor announces a change
+        source: Any = torchvision.models.get_model(name)
+    # As published: DenseNet's file has old names, GoogLeNet's two more heads.
+    published = {k.replace("norm1", "norm.1") if "denselayer" in k else k: v for k, v in source.state_dict().items()}
+    monkeypatch.setattr(models, "torchvision_weights", lambda _: dict(published))
+    model = build(TorchvisionModel(name=name, pretrained=True), 48, 4)
+    own = dict(model.named_parameters())
+    same = {k for k, p in source.named_parameters() if k in own and own[k].shape == p.shape and torch.equal(own[k], p)}
+    rest = {k for k in own if k not in same}
+    assert len(rest) <= 4, rest  # the head's weight and bias, the first convolution, position embeddings
+    assert output(model, 48, 4).shape == (2, 5)
+    if name == "resnet18":  # timm's rule: the colours' weights repeated, and scaled so that activations keep their size
+        torch.testing.assert_close(own["conv1.weight"][:, 0], source.conv1.weight[:, 0] * 3 / 4)
+
+
+def test_weights_of_another_architecture_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = torchvision.models.mobilenet_v3_small().state_dict()
+    monkeypatch.setattr(models, "torchvision_weights", lambda _: dict(other))
+    assert "do not fit" in refused(TorchvisionModel(name="resnet18", pretrained=True)).reason
+
+
+@pytest.mark.parametrize(("channels", "size"), [(3, 160), (1, 48)])
+def test_timms_weights_fit_other_sizes_channels_and_classes(tmp_path: Path, channels: int, size: int) -> None:
+    source: Any = timm.create_model("test_vit")
+    torch.save(source.state_dict(), tmp_path / "published.pt")
+    published = {"pretrained_cfg_overlay": {"file": str(tmp_path / "published.pt")}}
+    model: Any = build(TimmModel(name="test_vit.r160_in1k", args=published, pretrained=True), size, channels)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
+    assert output(model, size, channels).shape == (2, 5)
+
+
+# --- getting ready for the loop ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext"])
+def test_recomputing_activations_changes_nothing(name: str) -> None:
+    """Neither gradients nor the running statistics, which a second look at a batch would otherwise move twice."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=5, **({"img_size": 48, "drop_path_rate": 0.5} if "vit" in name else {}))
+    task = nn.ModuleDict({"model": copy.deepcopy(plain)})
+    models.prepare(task, LoopConfig(activation_checkpointing=True))
+    x = torch.randn(4, 3, 48, 48)
+    for model in (plain, task["model"]):
+        model.train()
+        for _ in range(2):
+            torch.manual_seed(1)  # noise in the network is drawn again, the same
+            model(x).square().mean().backward()
+    for (key, own), other in zip(plain.named_parameters(), task["model"].parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, msg=key)
+    for (key, own), other in zip(plain.named_buffers(), task["model"].buffers(), strict=True):
+        assert torch.equal(own, other), key
+
+
+def test_activations_are_really_recomputed() -> None:
+    model: Any = timm.create_model("test_vit", img_size=48)
+    models.prepare(model, LoopConfig(activation_checkpointing=True))
+    calls = []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    model.train()
+    model(torch.randn(2, 3, 48, 48)).sum().backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("network", [nn.Linear(2, 2), timm.create_model("vgg11", num_classes=2)])
+def test_a_network_that_cannot_recompute_is_refused(network: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"loop.activation_checkpointing=true: .*\n.*loop.activation_checkpointing=false"):
+        models.prepare(network, LoopConfig(activation_checkpointing=True))
+
+
+def test_channels_last() -> None:
+    model = build(TimmModel(name="test_resnet"))
+    before = output(model)
+    models.prepare(model, LoopConfig(channels_last=True))
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters() if p.ndim == 4)
+    torch.testing.assert_close(output(model), before)
+
+
+def test_nothing_is_done_unasked() -> None:
+    model = build(TimmModel(name="test_resnet"))
+    strides = [p.stride() for p in model.parameters()]
+    models.prepare(model, LoopConfig())
+    assert [p.stride() for p in model.parameters()] == strides
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+# --- the choices ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_choice_is_a_network(pytestconfig: pytest.Config) -> None:
+    folder = pytestconfig.rootpath / "conf"
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        names = sorted(path.stem for path in (folder / "model").glob("*.yaml"))
+        found: dict[str, Any] = {n: OmegaConf.to_object(compose(overrides=[f"+model={n}"]).model) for n in names}
+    assert {"vit_tiny", "vit_s", "vit_b", "vit_l", "resnet18", "resnet50", "convnext_tiny", "dinov2_vit_b", "timm", "torchvision"} <= set(
+        found
+    )
+    for name, cfg in found.items():
+        assert isinstance(cfg, ModelConfig)
+        with torch.device("meta"):  # no memory, no time
+            size = 224 if cfg.input_multiple != 14 else 252
+            model = build(cfg, size, classes=7)
+            assert model(torch.empty(1, 3, size, size)).shape == (1, 7), name
