@@ -77,7 +77,7 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
         assert isinstance(params, dict)
         given = {parse_key(line) for line in lines}
         base, swept = expand([*(f"{key}={value}" for key, value in params.items() if key not in given), *lines], composer)
-        jobs, found = _checked_jobs(composer, base, swept, settings)
+        jobs, found = checked_jobs(composer, base, swept, settings)
         problems += found
         run, _ = checked(composer.compose(base)) if base or not jobs else (jobs[0].run, [])
     if problems:
@@ -228,9 +228,10 @@ def _rows(name: str, problems: list[Problem]) -> list[list[str]]:
 # Whether they are sound
 
 
-def _checked_jobs(
+def checked_jobs(
     composer: Composer, base: list[str], swept: list[list[str]], settings: LauncherConfig
 ) -> tuple[list[Planned], list[Problem]]:
+    """The jobs with these lines of their own, and what is wrong with them."""
     jobs: list[Planned] = []
     found: dict[tuple[str, str, str], tuple[Problem, list[int]]] = {}
     for index, own in enumerate(swept):
