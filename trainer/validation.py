@@ -219,6 +219,16 @@ def length(run: RunConfig, facts: Facts) -> Iterator[Problem]:
 RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
 
 
+def total_steps(run: RunConfig) -> int | None:
+    """Optimizer steps of the whole run; None where nobody knows yet how many images there are."""
+    if run.loop.steps is not None:
+        return run.loop.steps
+    facts, _ = _facts(run)
+    if facts is None or facts.num_train is None:
+        return None
+    return (run.loop.epochs or run.loop.default_epochs) * steps_per_epoch(run, facts.num_train)
+
+
 def steps_per_epoch(run: RunConfig, num_train: int) -> int:
     """`trainer.data.order.Order.steps_per_epoch`, without numpy."""
     if run.debug.overfit:  # the first batch is all there is
