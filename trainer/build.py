@@ -14,8 +14,10 @@ from trainer.compiling import compile_in_place
 from trainer.config import RunConfig
 from trainer.data.order import Order
 from trainer.data.source import Source, Subset, fingerprints
+from trainer.ema import Ema, Swa
 from trainer.engine import Periods
 from trainer.errors import ConfigError, Problem
+from trainer.parts import freeze
 from trainer.random import fold
 from trainer.task import DataInfo, Task
 from trainer.update import has_batch_statistics
@@ -105,6 +107,7 @@ def build_task(run: RunConfig, data: Data, device: torch.device, world_size: int
             )
         task = cast(Task, torch.nn.SyncBatchNorm.convert_sync_batchnorm(task))
         cut = [c for c in cut if c != "ranks"]
+    freeze(task, run.loop)
     models.prepare(task, run.loop)
     if cut and has_batch_statistics(task):
         logger.warning(
@@ -116,6 +119,20 @@ def build_task(run: RunConfig, data: Data, device: torch.device, world_size: int
         for part in task.compiled_parts():
             compile_in_place(part, run.loop.compile_mode)
     return task
+
+
+def build_average(run: RunConfig, data: Data, task: Task) -> Ema | None:
+    """The average of the weights that the run keeps, if it keeps one."""
+    loop, epoch = run.loop, data.steps_per_epoch
+    if loop.swa_start is not None:
+        return Swa(task, round(loop.swa_start * data.total_steps), loop.swa_every or epoch)
+    if loop.ema_decay is None:
+        return None
+    decay = loop.ema_decay
+    if loop.ema_rescale:
+        # torchvision's references, train.py: the share of the newest weights grows with the images of an update and falls with the epochs.
+        decay = 1 - min(1.0, (1 - decay) * loop.batch_size * loop.ema_every / (data.total_steps / epoch))
+    return Ema(task, decay, loop.ema_every)
 
 
 def periods_of(run: RunConfig, data: Data) -> Periods:

@@ -12,7 +12,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from trainer import debug, optim
-from trainer.build import Data, best_metric, build_data, build_task, periods_of
+from trainer.build import Data, best_metric, build_average, build_data, build_task, periods_of
 from trainer.checkpoint import Writer, load, newest_good, save_safetensors, set_aside
 from trainer.config import Progressing, Resume, RunConfig
 from trainer.config.plain import to_plain
@@ -61,7 +61,7 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
     set_backends(run)
     data = build_data(run)
     task = build_task(run, data, world.device, world.size)
-    state = build_state(run, task)
+    state = build_state(run, task, build_average(run, data, task))
     metric, higher_is_better = best_metric(run, task)
     periods = periods_of(run, data)
     resumed = restore(run, directory, state, world, data.train.classes)
@@ -127,14 +127,14 @@ def set_backends(run: RunConfig) -> None:
     torch.use_deterministic_algorithms(run.loop.deterministic)
 
 
-def build_state(run: RunConfig, task: Task) -> TrainState:
+def build_state(run: RunConfig, task: Task, average: Ema | None = None) -> TrainState:
     groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size)
     device = next(task.parameters()).device
     return TrainState(
         task=task,
         optimizers=[run.optimizer.build(groups)],
         scaler=GradScaler(device.type) if run.precision.autocast == "float16" else None,
-        ema=Ema(task, run.loop.ema_decay) if run.loop.ema_decay is not None else None,
+        ema=average,
     )
 
 
@@ -150,7 +150,7 @@ def restore(run: RunConfig, directory: RunDirectory, state: TrainState, world: W
 
             account = weights.load_weights(state.task, run.init_from, classes=classes or None)
             if state.ema:  # it began as a copy of the weights that were drawn
-                state.ema = Ema(state.task, state.ema.decay)
+                state.ema.restart()
             if world.is_main:
                 print(account)
         return {}

@@ -69,6 +69,7 @@ class Task(nn.Module, ABC):
     find_unused_parameters = False
     main_metric = "val/loss"  # decides `best` unless loop.best_metric says otherwise
     higher_is_better = False
+    held: Sequence[nn.Module] = ()  # frozen parts, which stay in evaluation mode while the rest trains
 
     @abstractmethod
     def training_step(self, batch: Batch, progress: Progress, /) -> StepOutput: ...
@@ -97,6 +98,12 @@ class Task(nn.Module, ABC):
 
     def after_update(self, progress: Progress) -> None:
         """The optimizers have stepped. EMA teachers move here."""
+
+    def train(self, mode: bool = True) -> Task:
+        super().train(mode)
+        for part in self.held:
+            part.eval()
+        return self
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         return self.training_step(batch, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -40,9 +41,28 @@ class LoopConfig:
         ge=0,
         lt=1,
     )
+    ema_every: int = setting(1, "optimizer steps from one update of the average to the next", ge=1)
+    ema_rescale: bool = setting(
+        False,
+        "read ema_decay as torchvision's and birder's training scripts do: the average keeps 1 - (1 - ema_decay) * batch_size * ema_every / epochs at each update, so that it is over the same share of a run of any length and batch",
+    )
+    swa_start: float | None = setting(
+        None,
+        "stochastic weight averaging (arXiv:1803.05407): from this fraction of the run on, average the weights equally, once an epoch; validated and saved as the model. Best with a learning rate that does not end at zero",
+        ge=0,
+        lt=1,
+    )
+    swa_every: int | None = setting(None, "optimizer steps between the weights that are averaged; null = an epoch", ge=1)
     max_bad_steps: int = setting(10, "give up (exit 4) after this many steps in a row with a non-finite gradient; each is skipped", ge=1)
     sync_batchnorm: bool = setting(False, "batch statistics over all ranks instead of each rank's own share")
     deterministic: bool = setting(False, "torch's deterministic algorithms: bit-identical on a GPU too, and slower")
+
+    freeze_to: str | None = setting(
+        None,
+        "what does not train: the network up to and including this part of it, as layer2 or blocks.5; this many stages from its input; or backbone, all but the head. Frozen parts stay in evaluation mode",
+    )
+    freeze: list[str] = setting([], "regular expressions of further parameters that do not train, searched in their dotted names")
+    freeze_batchnorm: bool = setting(False, "batch normalisation keeps the statistics and scales it has, everywhere")
 
     compile: bool = setting(False, "torch.compile the model; falls back to eager with one warning where that fails", identity=False)
     compile_mode: str = setting(
@@ -72,6 +92,15 @@ class LoopConfig:
     progress: Progressing = setting(Progressing.auto, "how progress is shown", identity=False)
 
     def problems(self) -> Iterator[Problem]:
+        yield from self._averages()
+        for i, pattern in enumerate(self.freeze):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield Problem(f"loop.freeze[{i}]", pattern, f"is not a regular expression: {error}")
+        if self.freeze_to is not None and not re.fullmatch(r"[1-9]\d*|[A-Za-z_][\w.]*", self.freeze_to):
+            reason = "is neither the name of a part, nor a number of stages, nor backbone"
+            yield Problem("loop.freeze_to", self.freeze_to, reason, "loop.freeze_to=backbone")
         if self.epochs is not None and self.steps is not None:
             yield Problem(
                 "loop.steps",
@@ -86,3 +115,18 @@ class LoopConfig:
                 f"loop.validate_every={self.validate_every} is set too",
                 "loop.validate_every=null",
             )
+
+    def _averages(self) -> Iterator[Problem]:
+        """A run keeps one average of its weights, and what says how is only there with it."""
+        if self.ema_decay is not None and self.swa_start is not None:
+            reason = f"loop.ema_decay={self.ema_decay} is set too, and a run keeps one average of its weights"
+            yield Problem("loop.swa_start", self.swa_start, reason, "loop.ema_decay=null or loop.swa_start=null")
+        for key, needs, default in (
+            ("ema_every", "ema_decay", 1),
+            ("ema_rescale", "ema_decay", False),
+            ("swa_every", "swa_start", None),
+        ):
+            value = getattr(self, key)
+            if value != default and getattr(self, needs) is None:
+                example = "0.9999" if needs == "ema_decay" else "0.75"
+                yield Problem(f"loop.{key}", value, f"has no effect without loop.{needs}", f"loop.{needs}={example}")
