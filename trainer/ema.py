@@ -27,6 +27,7 @@ class Ema:
         self.names = list(live)
         self.live = list(live.values())
         self.averages = [tensor.detach().clone() for tensor in self.live]
+        self.buffers = [average for tensor, average in zip(self.live, self.averages) if not isinstance(tensor, nn.Parameter)]
 
     def update(self, step: int | None = None) -> None:
         """Once per optimizer step, when the weights have moved.

@@ -24,7 +24,9 @@ class Progress:
 
     step: int
     total: int  # optimizer steps of the whole run
-    steps_per_epoch: float
+    steps_per_epoch: float  # of this stage of the run
+    stage_start: int = 0  # the step at which the stage began
+    epochs_before: float = 0.0  # that were finished by then
 
     @property
     def fraction(self) -> float:
@@ -32,7 +34,7 @@ class Progress:
 
     @property
     def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
+        return self.epochs_before + (self.step - self.stage_start) / self.steps_per_epoch
 
 
 @dataclass(frozen=True)

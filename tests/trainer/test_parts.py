@@ -68,7 +68,9 @@ def test_a_block_of_a_transformer():
     toy = vit()
     freeze(toy, LoopConfig(freeze_to="blocks.0"))
     left = {name for name, p in toy.named_parameters() if p.requires_grad}
-    assert left and not any(name.startswith(("model.blocks.0.", "model.patch_embed", "model.pos_embed", "model.cls_token")) for name in left)
+    assert left and not any(
+        name.startswith(("model.blocks.0.", "model.patch_embed", "model.pos_embed", "model.cls_token")) for name in left
+    )
     assert any(name.startswith("model.blocks.1.") for name in left)
 
 

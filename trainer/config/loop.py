@@ -21,6 +21,23 @@ class Progressing(Enum):
 
 
 @dataclass
+class StageConfig:
+    """A stretch of a run. What it does not say is as in the rest of the run."""
+
+    epochs: int = setting(help="its length in passes over its training data", ge=1)
+    image_size: int | None = setting(None, "side in pixels of the images, in training and validation; null = dataset.image_size", ge=1)
+    batch_size: int | None = setting(None, "images per optimizer step; null = loop.batch_size", ge=1)
+    accumulate: int | None = setting(None, "micro-batches per optimizer step and rank; null = loop.accumulate", ge=1, identity=False)
+    lr_scale: float = setting(1.0, "times the learning rate", gt=0)
+    mixup: float | None = setting(None, "mixup alpha; 0 = off; null = augmentation.mixup", ge=0)
+    cutmix: float | None = setting(None, "cutmix alpha; 0 = off; null = augmentation.cutmix", ge=0)
+    data_fraction: float = setting(
+        1.0, "use this fraction of the training samples; those of a smaller fraction are among those of a larger", gt=0, le=1
+    )
+    freeze_to: str | None = setting(None, "what does not train, as in loop.freeze_to; null = loop.freeze_to")
+
+
+@dataclass
 class LoopConfig:
     """How long a run is, and what happens at every step."""
 
@@ -33,6 +50,16 @@ class LoopConfig:
     accumulate: int = setting(1, "micro-batches per optimizer step and rank; cuts the batch up, changes nothing else", ge=1, identity=False)
     drop_last: bool = setting(True, "drop an epoch's last short batch; false keeps and weights it")
     samples_per_epoch: int | None = setting(None, "images in a virtual epoch; null = the whole training set once", ge=1)
+
+    stages: list[StageConfig] = setting(
+        [],
+        "the run in stages, one after the other, each with a schedule of its own: [{epochs: 10, image_size: 128, batch_size: 512, lr_scale: 1.0, mixup: 0.2, data_fraction: 1.0, freeze_to: layer2}, …]",
+    )
+    stage_schedule: str = setting(
+        "each",
+        "each: the learning rate's schedule begins anew in every stage, with a fresh optimizer; whole: one schedule over all stages, and the optimizer goes on",
+        choices=["each", "whole"],
+    )
 
     max_grad_norm: float | None = setting(
         None, "clip gradients to this norm, of the kind that loop.clip_mode says; null = no clipping", gt=0
@@ -104,6 +131,11 @@ class LoopConfig:
         None, "stop with a checkpoint (exit 75) after this many hours; null = no limit but SLURM's", gt=0, identity=False
     )
     progress: Progressing = setting(Progressing.auto, "how progress is shown", identity=False)
+
+    @property
+    def num_epochs(self) -> int:
+        """The length in epochs, where it is not given in steps."""
+        return sum(stage.epochs for stage in self.stages) or self.epochs or self.default_epochs
 
     def problems(self) -> Iterator[Problem]:
         yield from self._averages()
