@@ -10,24 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.amp.grad_scaler import GradScaler
 
-from trainer import debug, optim
-from trainer.build import Data, best_metric, build_average, build_data, build_task
+from trainer import debug, lr_finder
+from trainer.build import Data, best_metric, build_data
 from trainer.checkpoint import Writer, load, newest_good, save_safetensors, set_aside
 from trainer.config import Progressing, Resume, RunConfig
 from trainer.config.plain import to_plain
 from trainer.distributed import World, open_world
-from trainer.ema import Ema
 from trainer.engine import Engine, Periods
 from trainer.environment import changes, write_environment
-from trainer.errors import ConfigError, Interrupted, Problem
+from trainer.errors import ConfigError, Interrupted, Problem, TrainyardError
 from trainer.feeds import close, describe, loaders
 from trainer.log import Display, Journal, open_display, open_journal, open_log, show_facts, show_result
 from trainer.recorder import Recorder
 from trainer.rundir import RunDirectory, run_directory
 from trainer.signals import StopSignals, stop_error
-from trainer.stages import Stage, carry, stage_at, stages_of
+from trainer.stages import Stage, begin, carry, stage_at, stages_of
 from trainer.state import TrainState, portrait
 from trainer.task import Task
 from trainer.vote import StopVote
@@ -94,6 +92,10 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
         if writer:
             signals.save_seconds = writer.save_seconds  # a deadline must leave time for one more
 
+    if run.loop.lr_finder and state.step == 0:
+        state, reason = lr_finder.before_run(stage, state, world, vote.poll, watchdog.tick, directory.path)
+        if reason:
+            raise stopped(reason, directory, world)
     while True:
         periods = stage.periods()
         display.enter(str(stage) if stage.labels else "", stages[-1].periods().epochs_at(total), periods.epochs_at)
@@ -117,10 +119,7 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
     if writer:
         writer.wait()
     if reason:
-        error = stop_error(reason, directory.path)
-        if world.is_main:  # said before the sinks are closed, which may take seconds that a preempted job does not have
-            directory.status("interrupted" if isinstance(error, Interrupted) else "preempted", reason=str(error))
-        raise error
+        raise stopped(reason, directory, world)
     if writer:
         writer.forget_previous()
     result = recorder.result(sum(p.numel() for p in state.task.parameters() if p.requires_grad))
@@ -134,12 +133,31 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
     return result
 
 
-def begin(stage: Stage, world: World) -> TrainState:
-    """A stage with fresh weights, drawn from the run's seed."""
-    task = build_task(stage.run, stage.data, world.device, world.size)
-    return build_state(
-        stage.run, task, build_average(stage.run, stage.data, task, epochs=stage.whole.loop.num_epochs if stage.labels else None)
-    )
+def stopped(reason: int, directory: RunDirectory, world: World) -> TrainyardError:
+    """The error that a run ends with which the ranks have agreed to stop."""
+    error = stop_error(reason, directory.path)
+    if world.is_main:  # said before the sinks are closed, which may take seconds that a preempted job does not have
+        directory.status("interrupted" if isinstance(error, Interrupted) else "preempted", reason=str(error))
+    return error
+
+
+def find_lr(run: RunConfig, out: Path) -> dict[str, float]:
+    """Sweep the learning rate of `run` and write the curve to `out`, without a run directory. Every rank calls this."""
+    with StopSignals() as signals, open_world(run.distributed) as world, known_errors(run, world):
+        set_backends(run)
+        data = build_data(run)
+        stage = stages_of(run, data)[0]
+        state = begin(stage, world)
+        start_from(run, state, world, data.train.classes)
+        with Watchdog(run.distributed.timeout, world) as watchdog:
+            found, _, reason = lr_finder.sweep(stage, state, world, StopVote(world, signals.told).poll, watchdog.tick)
+        if reason:
+            raise Interrupted("the sweep was stopped before its end")
+        rates = lr_finder.conclude(found, run)
+        if world.is_main:
+            files = lr_finder.write(found, rates, out)
+            print(lr_finder.words(found, rates), *files, sep="\n")
+        return rates
 
 
 def recorder_of(
@@ -159,17 +177,6 @@ def set_backends(run: RunConfig) -> None:
     torch.backends.cudnn.allow_tf32 = run.precision.tf32
     torch.backends.cudnn.benchmark = not run.loop.deterministic
     torch.use_deterministic_algorithms(run.loop.deterministic)
-
-
-def build_state(run: RunConfig, task: Task, average: Ema | None = None) -> TrainState:
-    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules())
-    device = next(task.parameters()).device
-    return TrainState(
-        task=task,
-        optimizers=[run.optimizer.build(groups)],
-        scaler=GradScaler(device.type) if run.precision.autocast == "float16" else None,
-        ema=average,
-    )
 
 
 def find_checkpoint(run: RunConfig, directory: RunDirectory, world: World) -> dict[str, Any]:

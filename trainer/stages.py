@@ -13,15 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from trainer.build import Data, order_of
+from trainer import optim
+from trainer.build import Data, build_average, build_task, order_of
 from trainer.config import RunConfig, stage_runs
+from trainer.distributed import World
+from trainer.ema import Ema
 from trainer.engine import Periods
 from trainer.errors import ConfigError, Problem
 from trainer.resample import resampled
 from trainer.schedule import Later, Schedule
 from trainer.state import TrainState
+from trainer.task import Task
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,28 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     return next(stage for stage in stages if step <= stage.stop)
 
 
+def begin(stage: Stage, world: World) -> TrainState:
+    """A stage with fresh weights, drawn from the run's seed."""
+    return fresh_state(stage, build_task(stage.run, stage.data, world.device, world.size))
+
+
+def fresh_state(stage: Stage, task: Task) -> TrainState:
+    """The state of a stage whose task has not been trained in it yet."""
+    epochs = stage.whole.loop.num_epochs if stage.labels else None
+    return build_state(stage.run, task, build_average(stage.run, stage.data, task, epochs))
+
+
+def build_state(run: RunConfig, task: Task, average: Ema | None = None) -> TrainState:
+    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules())
+    device = next(task.parameters()).device
+    return TrainState(
+        task=task,
+        optimizers=[run.optimizer.build(groups)],
+        scaler=GradScaler(device.type) if run.precision.autocast == "float16" else None,
+        ema=average,
+    )
+
+
 # --- from one stage to the next -----------------------------------------------------------------------------------------
 
 
@@ -133,6 +160,7 @@ def carry(old: TrainState, new: TrainState, before: Stage, after: Stage) -> None
             carry_optimizer(mine, theirs, _names(new.task), _names(old.task))
     if new.scaler and old.scaler:
         new.scaler.load_state_dict(old.scaler.state_dict())
+    new.scale_rates(old.lr_factor)
     for name in ("step", "samples", "seconds", "skipped", "validated", "history"):
         setattr(new, name, getattr(old, name))
     new.best = old.best if before.run.dataset.image_size == after.run.dataset.image_size else None

@@ -61,6 +61,20 @@ class LoopConfig:
         choices=["each", "whole"],
     )
 
+    lr_finder: bool = setting(
+        False,
+        "before the run, sweep the learning rate and write lr_finder.csv, .json and .png with three suggestions; then everything is put back",
+        identity=False,
+    )
+    lr_finder_use: str | None = setting(
+        None,
+        "train with this suggestion as the peak learning rate instead of optimizer.lr; null = only show them. steepest: where the loss falls fastest; minimum: a tenth of where it is lowest; valley: the middle of its longest descent",
+        choices=["steepest", "minimum", "valley"],
+    )
+    lr_finder_start: float = setting(1e-7, "learning rate the sweep begins with", gt=0)
+    lr_finder_end: float = setting(10.0, "learning rate the sweep ends with, unless the loss has quadrupled before", gt=0)
+    lr_finder_steps: int = setting(100, "optimizer steps of the sweep", ge=20)
+
     max_grad_norm: float | None = setting(
         None, "clip gradients to this norm, of the kind that loop.clip_mode says; null = no clipping", gt=0
     )
@@ -139,6 +153,7 @@ class LoopConfig:
 
     def problems(self) -> Iterator[Problem]:
         yield from self._averages()
+        yield from self._finder()
         for i, pattern in enumerate(self.freeze):
             try:
                 re.compile(pattern)
@@ -161,6 +176,13 @@ class LoopConfig:
                 f"loop.validate_every={self.validate_every} is set too",
                 "loop.validate_every=null",
             )
+
+    def _finder(self) -> Iterator[Problem]:
+        if self.lr_finder_use is not None and not self.lr_finder:
+            yield Problem("loop.lr_finder_use", self.lr_finder_use, "has no effect without a sweep", "loop.lr_finder=true")
+        if self.lr_finder_start >= self.lr_finder_end:
+            reason = f"must be less than loop.lr_finder_end={self.lr_finder_end:g}: the rate rises"
+            yield Problem("loop.lr_finder_start", self.lr_finder_start, reason, f"loop.lr_finder_start={self.lr_finder_end / 1e8:g}")
 
     def _averages(self) -> Iterator[Problem]:
         """A run keeps one average of its weights, and what says how is only there with it."""
