@@ -16,11 +16,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {"errors"},
-    {"config", "random", "schedule", "task", "files", "surroundings", "identity", "resample", "compiling", "pretrained", "probe"},
+    {
+        "config",
+        "random",
+        "schedule",
+        "task",
+        "files",
+        "surroundings",
+        "identity",
+        "resample",
+        "compiling",
+        "pretrained",
+        "probe",
+        "lr_curve",
+    },
     {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
-    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug"},
+    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug", "parts"},
     {"engine"},
-    {"build", "recorder", "run"},
+    {"build", "feeds", "stages", "lr_finder", "recorder", "run"},
     {"launch", "__main__"},
 )
 """trainer/ from the bottom up. A module imports from its own layer and those below; packages count as a whole."""

@@ -22,6 +22,7 @@ VERBS = {  # verb -> (module:function, what it does)
         "trainer.launch.plot_lr:main",
         "OVERRIDES [--out FILE]: learning rate and momentum of every step, as a table and a picture",
     ),
+    "find-lr": ("trainer.launch.find_lr:main", "OVERRIDES [--out DIR]: sweep the learning rate and suggest one, without starting the run"),
     "show-batch": ("trainer.launch.show_batch:main", "OVERRIDES [--out FILE]: a contact sheet of what the network will see"),
     "bench-loader": ("trainer.launch.bench_loader:main", "OVERRIDES: images per second over workers x prefetch, and which to use"),
     "describe-data": ("trainer.launch.describe:main", "OVERRIDES: counts, sizes, colours, duplicates and bad files of a dataset"),

@@ -24,7 +24,9 @@ class Progress:
 
     step: int
     total: int  # optimizer steps of the whole run
-    steps_per_epoch: float
+    steps_per_epoch: float  # of this stage of the run
+    stage_start: int = 0  # the step at which the stage began
+    epochs_before: float = 0.0  # that were finished by then
 
     @property
     def fraction(self) -> float:
@@ -32,7 +34,7 @@ class Progress:
 
     @property
     def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
+        return self.epochs_before + (self.step - self.stage_start) / self.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Task(nn.Module, ABC):
     find_unused_parameters = False
     main_metric = "val/loss"  # decides `best` unless loop.best_metric says otherwise
     higher_is_better = False
+    held: Sequence[nn.Module] = ()  # frozen parts, which stay in evaluation mode while the rest trains
 
     @abstractmethod
     def training_step(self, batch: Batch, progress: Progress, /) -> StepOutput: ...
@@ -120,6 +123,12 @@ class Task(nn.Module, ABC):
 
     def after_update(self, progress: Progress) -> None:
         """The optimizers have stepped. EMA teachers move here."""
+
+    def train(self, mode: bool = True) -> Task:
+        super().train(mode)
+        for part in self.held:
+            part.eval()
+        return self
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         return self.training_step(batch, progress)

@@ -1,4 +1,4 @@
-"""Supervised image classification with softmax cross-entropy."""
+"""Supervised image classification."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.classification.config import ClassificationConfig
+from tasks.classification.losses import binary_cross_entropy
 from trainer.evaluation import Mean
 from trainer.task import Batch, Progress, StepOutput, Task
 
@@ -18,7 +19,7 @@ class Classification(Task):
     def __init__(self, model: nn.Module, cfg: ClassificationConfig, num_classes: int) -> None:
         super().__init__()
         self.model = model
-        self.label_smoothing = cfg.label_smoothing
+        self.cfg = cfg
         self.num_classes = num_classes
 
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
@@ -26,11 +27,19 @@ class Classification(Task):
         logits = self.model(batch["image"])  # [N, C]
         # Mixup and cutmix leave soft targets [N, C] beside the labels; accuracy is then against the stronger partner.
         target = batch.get("target", labels)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        loss = self.loss(logits, target)
         with torch.no_grad():
             hard = labels if target is labels else target.argmax(1)
             top1 = (logits.argmax(1) == hard).float().mean()
         return StepOutput(loss, {"top1": top1})
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        cfg = self.cfg
+        if cfg.loss == "bce":  # in fp32: small probabilities of many classes vanish in 16 bits
+            return binary_cross_entropy(
+                logits.float(), target, smoothing=cfg.label_smoothing, threshold=cfg.bce_threshold, total=cfg.bce_sum
+            )
+        return F.cross_entropy(logits, target, label_smoothing=cfg.label_smoothing)
 
     def evaluator(self) -> Mean:
         return Mean(self.scores)
