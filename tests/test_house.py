@@ -34,6 +34,7 @@ LAYERS = (
     {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug", "parts"},
     {"engine"},
     {"build", "feeds", "stages", "lr_finder", "recorder", "run"},
+    {"sweep"},
     {"launch", "__main__"},
 )
 """trainer/ from the bottom up. A module imports from its own layer and those below; packages count as a whole."""
@@ -41,7 +42,7 @@ LAYERS = (
 TORCH_FREE = (
     "launch", "tasks", "trainer", "trainer.config", "trainer.errors", "trainer.schedule", "trainer.rundir", "trainer.signals", "trainer.files",
     "trainer.log", "trainer.validation", "trainer.launch.door", "trainer.launch.dispatch", "trainer.launch.help", "trainer.data.config",
-    "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__",
+    "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__", "trainer.sweep.manifest",
 )  # fmt: skip
 """What is imported before a run starts: composing, checking and submitting 500 jobs must not wait for torch."""
 

@@ -16,6 +16,9 @@ from trainer.launch.door import guarded
 VERBS = {  # verb -> (module:function, what it does)
     "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),
     "validate": ("trainer.launch.check:main", "OVERRIDES: everything that is wrong with a run, without starting it"),
+    "resume": ("trainer.sweep.verbs:resume", "DIR [JOB ...]: start what is left of a sweep, or go on with a run"),
+    "retry": ("trainer.sweep.verbs:retry", "SWEEP [JOB ...]: start again what failed, as the cause allows"),
+    "cancel": ("trainer.sweep.verbs:cancel", "DIR [JOB ...]: stop queued and running jobs of a sweep, or a run"),
     "shards": ("trainer.data.shards.verbs:shards", "index DIR | pack SRC DST: look through shards, or make them"),
     "split": ("trainer.data.shards.verbs:split", "DIR --val 0.1 --seed 0: divide a folder of classes into train/ and val/"),
     "plot-lr": (
