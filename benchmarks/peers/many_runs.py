@@ -61,9 +61,19 @@ def make_run(directory: Path, arm: Mapping[str, Any], seed: int, *, state: str =
     lines = [",".join(str(row[name]) for name in names) for row in rows]
     (directory / "epochs.csv").write_text("\n".join([",".join(names), *lines]) + "\n")
     reason = {"failed": "Diverged: the loss was not finite for 10 steps in a row", "cancelled": "cancelled by hand"}.get(state)
-    fields = {"step": rows[-1]["step"], "total_steps": epochs * 22, "heartbeat": time.time(), "host": "node1", "pid": 1, "job_id": None, "reason": reason}
+    fields = {
+        "step": rows[-1]["step"],
+        "total_steps": epochs * 22,
+        "heartbeat": time.time(),
+        "host": "node1",
+        "pid": 1,
+        "job_id": None,
+        "reason": reason,
+    }
     run.status_path.write_text(json.dumps({"state": state, **fields}))
-    run.environment_path.write_text(json.dumps({"argv": ["launch.py"], "git": {"commit": "3f49b54597b908a8", "dirty": False, "code": "b9c546e376e3cfac", "diff": ""}}))
+    run.environment_path.write_text(
+        json.dumps({"argv": ["launch.py"], "git": {"commit": "3f49b54597b908a8", "dirty": False, "code": "b9c546e376e3cfac", "diff": ""}})
+    )
     if state == "completed":
         history = [{key: value for key, value in row.items() if key in ("step", "epoch") or key.startswith("val/")} for row in rows]
         best = max(history, key=lambda row: row["val/top1"])
@@ -76,7 +86,9 @@ def _rows(arm: Mapping[str, Any], seed: int, epochs: int) -> list[dict[str, Any]
     """Learning curves as networks have them: a good rate and a little dropout are better, and every seed has its own luck."""
     luck = random.Random(f"{sorted(arm.items())} {seed}")
     lr, drop = float(arm.get("optimizer.lr", 1e-3)), float(arm.get("model.drop_rate", 0.0))
-    top = 0.975 - 0.02 * math.log10(lr / 1e-3) ** 2 + 0.05 * drop * (0.3 - drop) + random.Random(seed).gauss(0, 0.004) + luck.gauss(0, 0.003)
+    top = (
+        0.975 - 0.02 * math.log10(lr / 1e-3) ** 2 + 0.05 * drop * (0.3 - drop) + random.Random(seed).gauss(0, 0.004) + luck.gauss(0, 0.003)
+    )
     speed = 4 + 2 * math.log10(lr / 1e-4)
     rows = []
     for epoch in range(1, epochs + 1):

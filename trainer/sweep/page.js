@@ -166,8 +166,9 @@ const series = new Map();
 function seriesOf(arm) {
   const key = `${arm.i} ${view.curve} ${view.axis}`;
   if (!series.has(key)) {
-    const at = new Map();
-    arm.runs.forEach(run => (run.values[view.curve] || []).forEach((v, i) => {
+    const at = new Map(), whole = arm.runs.filter(run => run.state === "completed");
+    // A seed that broke off would pull the mean, up to where it ends; it is drawn by itself.
+    (whole.length ? whole : arm.runs).forEach(run => (run.values[view.curve] || []).forEach((v, i) => {
       if (v !== null) { const x = run[view.axis][i]; at.has(x) ? at.get(x).push(v) : at.set(x, [v]); }
     }));
     series.set(key, [...at].sort((a, b) => a[0] - b[0]).map(([x, vs]) => {
@@ -206,6 +207,8 @@ function drawCurves() {
     const line = seriesOf(arm), colour = view.colours.get(arm.i), strong = view.hot === null || view.hot === arm.i;
     if (view.band === "runs") arm.runs.forEach(run => { const vs = run.values[view.curve] || []; path(vs.map((v, i) => [run[view.axis][i], v]).filter(p => p[1] !== null)); pen.strokeStyle = colour + "77"; pen.lineWidth = 1; pen.stroke(); });
     else { path([...line.map(p => [p.x, edges(p)[1]]), ...[...line].reverse().map(p => [p.x, edges(p)[0]])]); pen.closePath(); pen.fillStyle = colour + (strong ? "26" : "0d"); pen.fill(); }
+    const broken = arm.runs.filter(run => run.state !== "completed");
+    if (broken.length < arm.runs.length) broken.forEach(run => { pen.setLineDash([4, 4]); path((run.values[view.curve] || []).map((v, i) => [run[view.axis][i], v]).filter(p => p[1] !== null)); pen.strokeStyle = colour + "99"; pen.lineWidth = 1.2; pen.stroke(); pen.setLineDash([]); });
     path(line.map(p => [p.x, p.m])); pen.strokeStyle = colour + (strong ? "" : "55"); pen.lineWidth = view.hot === arm.i ? 3 : 2; pen.stroke();
     if (line.length === 1) { pen.beginPath(); pen.arc(X(line[0].x), Y(line[0].m), 4, 0, 7); pen.fillStyle = colour; pen.fill(); }
   });

@@ -206,7 +206,15 @@ def json_text(verdict: Verdict) -> str:
         "pairs": [{"arm": i, "less": j, **asdict(comparison)} for (i, j), comparison in verdict.pairs.items()],
         "remarks": list(remarks(verdict)),
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    lines = [f"{json.dumps(key)}: {_lines(value)}" for key, value in content.items()]
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    """JSON with a line for each entry of a list: `indent` would take Python's slow encoder, and a line for each number."""
+    if not isinstance(value, list) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    return "[\n  " + ",\n  ".join(json.dumps(entry, ensure_ascii=False) for entry in value) + "\n ]"
 
 
 def _as_json(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
