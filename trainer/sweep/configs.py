@@ -30,7 +30,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for section in _SECTION.split(text):
             content.update(_section(section))
-        return content
+        return content or _whole(text, path)
     except (yaml.YAMLError, TypeError, ValueError):  # an alias across sections, an indented document, or no YAML at all
         return _whole(text, path)
 
@@ -40,7 +40,7 @@ def _whole(text: str, path: Path) -> dict[str, Any]:
         content = yaml.load(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"{path}: holds no settings")
     return content
 

@@ -25,6 +25,7 @@ from trainer.sweep.manifest import STATES as ORDER
 
 REFRESH = 2.0  # seconds between two looks
 ATTENTION = ("failed", "running", "preempted", "interrupted", "missing", "held", "cancelled", "queued", "completed")  # what is shown first
+_URGENCY = {state: place for place, state in enumerate(ATTENTION)}
 COLOURS = {"completed": "32", "running": "34", "failed": "31", "missing": "31", "held": "31", "preempted": "33", "interrupted": "33", "cancelled": "33"}  # fmt: skip
 BAR = 14  # characters
 
@@ -160,7 +161,7 @@ def table(title: str, lines: Sequence[Line], *, limit: int | None, width: int, c
     yield ""
     shown = list(lines)
     if limit is not None and len(shown) > limit:
-        shown = sorted(sorted(lines, key=lambda line: ATTENTION.index(line.state))[:limit], key=lambda line: line.index)
+        shown = sorted(sorted(lines, key=lambda line: _URGENCY.get(line.state, 0))[:limit], key=lambda line: line.index)
     names = {line.metric for line in shown if line.metric}
     metric = names.pop() if len(names) == 1 else None
     rows = [("#", "job", "seed", "state", "progress", "epoch", "time", "left", metric or "metric", "")]
