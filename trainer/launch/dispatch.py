@@ -41,7 +41,21 @@ def start(argv: Sequence[str]) -> int:
             Problem("start", " ".join(argv), "takes one run directory", "python -m trainer start runs/<name>/<version>-<hash>")
         )
     directory = RunDirectory(argv[0])
-    return _train(directory.read_config(), directory)
+    run = directory.read_config()
+    if directory.is_finished():  # a job that ended while it was being preempted is started once more
+        if surroundings().is_main:
+            print(f"{directory} is finished")
+        return 0
+    return _train(run, directory)
+
+
+def go_on(directory: RunDirectory) -> int:
+    """Start, or go on with, the run whose config.yaml lies in `directory`: all of its ranks, in this process or from it."""
+    run = directory.read_config()
+    if directory.is_finished():
+        return 0
+    count = ranks_to_start(run.distributed)
+    return _train(run, directory) if count == 1 else _start_ranks(run, directory, count)
 
 
 def report_finished(directory: RunDirectory, run: RunConfig) -> None:

@@ -41,6 +41,7 @@ class Job:
     state: str = "queued"
     reason: str | None = None
     attempts: int = 0  # how often it was started, or queued
+    resources: dict[str, Any] = field(default_factory=dict)  # of SLURM's, where they differ from the sweep's
 
     def __str__(self) -> str:
         return " ".join(self.overrides) or "as it is"
@@ -74,6 +75,7 @@ class Manifest:
     base: list[str]  # overrides common to all jobs
     jobs: list[Job] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # the launcher's own, so that `resume` starts the rest alike
+    cwd: str = ""  # the folder that relative paths in configs count from
     version: int = VERSION
 
     @classmethod
@@ -103,7 +105,7 @@ class Manifest:
     def save(self) -> None:
         """Replace the file in one step: a reader sees the old manifest or the new one, never half of it."""
         content = {key: value for key, value in asdict(self).items() if key != "path"}
-        order = ["version", "sweep", "name", "created", "argv", "launcher", "settings", "base", "jobs"]
+        order = ["version", "sweep", "name", "created", "cwd", "argv", "launcher", "settings", "base", "jobs"]
         write_atomically(self.path / FILE, json.dumps({key: content[key] for key in order}, indent=1, ensure_ascii=False) + "\n")
 
     @property
@@ -149,6 +151,7 @@ def _wrong_with(job: Any) -> str:
         "directory": isinstance(job.get("directory"), str) and bool(job["directory"]),
         "state": job.get("state") in STATES,
         "attempts": isinstance(job.get("attempts", 0), int),
+        "resources": isinstance(job.get("resources", {}), dict),
     }
     bad = [key for key, fine in checks.items() if not fine]
     return f".{bad[0]} is {job.get(bad[0])!r}" if bad else ""

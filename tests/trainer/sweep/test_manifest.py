@@ -36,7 +36,7 @@ def test_what_is_saved_is_what_is_loaded(sweep):
     content = json.loads((sweep.path / FILE).read_text())
     assert content["version"] == 1
     assert content["jobs"][1] == {"index": 1, "overrides": ["seed=1"], "group": {}, "seed": 1, "directory": "runs/digits/s1-0123abcd",
-                                  "job_id": "12_1", "state": "failed", "reason": "because", "attempts": 2}  # fmt: skip
+                                  "job_id": "12_1", "state": "failed", "reason": "because", "attempts": 2, "resources": {}}  # fmt: skip
 
 
 def test_it_moves_with_the_runs(sweep, tmp_path):
