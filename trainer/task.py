@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -53,8 +53,31 @@ class StepOutput:
     weight: Tensor | None = None  # [] how many items the loss is a mean over; None = the images of the micro-batch
 
 
+@dataclass(frozen=True)
+class Report:
+    """What an evaluator knows beside its scores; `python -m trainer evaluate` prints it and writes it down.
+
+    samples: one row for each sample, with its `index` in the dataset. tables: rows by the name of the table. matrices: by
+    name, (names of rows and columns, counts or values [C][C], true class by predicted class).
+    """
+
+    samples: Sequence[Mapping[str, Any]] = ()
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    matrices: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """An evaluator that has a report: asked for on the main rank, after `compute()`; not collective."""
+
+    def report(self) -> Report: ...
+
+
 class Evaluator(Protocol):
-    """One validation pass. Made fresh for each pass, so there is nothing to reset. Sums and counts, never means."""
+    """One validation pass. Made fresh for each pass, so there is nothing to reset. Sums and counts, never means.
+
+    It may be one of `Reports` too.
+    """
 
     def update(self, batch: Batch) -> None: ...
     def compute(self) -> dict[str, float]: ...  # collective: every rank calls it, every rank gets the answer

@@ -99,7 +99,7 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
         for problem in problems:  # where nothing else is at hand, the way out is what is there without the bad override
             composed.before.setdefault(problem.key, composed.choices.get(problem.key, value_at(composed.tree, problem.key)))
         for override in settings:
-            _apply(override, composed, loader)
+            apply(override, composed, loader)
     return composed
 
 
@@ -182,7 +182,7 @@ def _taken_apart(cfg: DictConfig, lines: list[str], problems: list[Problem]) -> 
     return Composed(tree, hydra, lines, problems=problems)
 
 
-def _apply(override: Override, composed: Composed, loader: ConfigLoader) -> None:
+def apply(override: Override, composed: Composed, loader: ConfigLoader) -> None:
     """Apply one setting, or say why that cannot be."""
     tree, key, value = composed.tree, override.key_or_group, override.value()
     problem = diagnose.wrong_place(override, tree, loader)
