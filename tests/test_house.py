@@ -18,9 +18,9 @@ LAYERS = (
     {"errors"},
     {"config", "random", "schedule", "task", "files", "surroundings", "identity", "resample", "compiling", "pretrained", "probe"},
     {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
-    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug"},
+    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug", "labels"},
     {"engine"},
-    {"build", "recorder", "run"},
+    {"build", "recorder", "run", "evaluate", "predict", "export"},
     {"launch", "__main__"},
 )
 """trainer/ from the bottom up. A module imports from its own layer and those below; packages count as a whole."""

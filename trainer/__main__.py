@@ -16,6 +16,14 @@ from trainer.launch.door import guarded
 VERBS = {  # verb -> (module:function, what it does)
     "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),
     "validate": ("trainer.launch.check:main", "OVERRIDES: everything that is wrong with a run, without starting it"),
+    "evaluate": (
+        "trainer.launch.evaluate:main",
+        "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's network measured as in validation, on these or other data",
+    ),
+    "predict": (
+        "trainer.launch.predict:main",
+        "RUN_DIR FOLDER [checkpoint=best]: what a run's network finds in images, as a table and a contact sheet",
+    ),
     "shards": ("trainer.data.shards.verbs:shards", "index DIR | pack SRC DST: look through shards, or make them"),
     "split": ("trainer.data.shards.verbs:split", "DIR --val 0.1 --seed 0: divide a folder of classes into train/ and val/"),
     "plot-lr": (

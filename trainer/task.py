@@ -138,6 +138,15 @@ class Task(nn.Module, ABC):
         """What `loop.compile` compiles."""
         return [self.network()]
 
+    def predict(self, batch: Batch) -> Sequence[Sequence[Mapping[str, Any]]]:
+        """What is found in each image, for people: its rows of a table, the surest first, perhaps none. Boxes are under
+        x1 y1 x2 y2, in pixels of the network's image. `python -m trainer predict` calls it with images that have no labels."""
+        raise NotImplementedError
+
+    def restrict(self, classes: Sequence[int]) -> None:
+        """Let only these classes compete from now on."""
+        raise NotImplementedError
+
     def before_update(self, progress: Progress) -> None:
         """Gradients are final and unscaled; the optimizers have not stepped."""
 

@@ -24,11 +24,17 @@ class ClassificationConfig(TaskConfig):
 
     label_smoothing: float = setting(0.0, "share of the target spread evenly over all classes (arXiv:1512.00567, sec. 7)", ge=0, lt=1)
 
+    tta: str = setting(
+        "none",
+        "test-time augmentation: validate and predict by the mean probability of several views of an image. flip: it and its mirror image; crops: both of the whole image, and of its corners and centre at 8/7 of their size",
+        choices=["none", "flip", "crops"],
+    )
+
     def build(self, run: RunConfig, data: DataInfo) -> Classification:
         from tasks.classification.task import Classification
 
         model = run.model.build(num_classes=len(data.classes), image_size=run.dataset.image_size, in_channels=data.channels)
-        return Classification(model, self, num_classes=len(data.classes))
+        return Classification(model, self, data.classes)
 
     def problems(self, run: RunConfig) -> Iterator[Problem]:
         classes = run.dataset.facts().num_classes
