@@ -24,6 +24,12 @@ VERBS = {  # verb -> (module:function, what it does)
         "trainer.launch.predict:main",
         "RUN_DIR FOLDER [checkpoint=best]: what a run's network finds in images, as a table and a contact sheet",
     ),
+    "export": (
+        "trainer.launch.export:main",
+        "RUN_DIR --format onnx: a run's network as a file for other programs, checked on real images, with a model card",
+    ),
+    "extend": ("trainer.launch.extend:main", "RUN_DIR loop.epochs=N: let a run that is done go on, in its own directory"),
+    "clean": ("trainer.launch.clean:main", "DIR [--dry-run]: delete the numbered checkpoints of runs that are done"),
     "shards": ("trainer.data.shards.verbs:shards", "index DIR | pack SRC DST: look through shards, or make them"),
     "split": ("trainer.data.shards.verbs:split", "DIR --val 0.1 --seed 0: divide a folder of classes into train/ and val/"),
     "plot-lr": (

@@ -56,6 +56,11 @@ def load_model(path: str | PathLike[str], checkpoint: str | PathLike[str] = "bes
         CheckpointError: the file is damaged.
     """
     task, run, content = load_task(path, checkpoint)
+    return dressed(task, run, content, device)
+
+
+def dressed(task: Task, run: RunConfig, content: Mapping[str, Any], device: str | torch.device = "cpu") -> nn.Module:
+    """The network of a loaded task, in eval mode, with its transform and its classes."""
     network = task.network()
     augmentation = task.augmentation(train=False) or run.augmentation.build(run.dataset, train=False)
     # Plain attributes: the network's class is its library's, and its names and state dict stay as they are.
@@ -157,9 +162,12 @@ class Transform:
         if isinstance(images, Tensor):
             assert images.ndim == 4, f"a batch is [N, C, H, W]; this tensor is {tuple(images.shape)}"
             return self._batch(images, {})
+        return self._batch(self.pixels(images), {})
+
+    def pixels(self, images: Any) -> Tensor:
+        """The first half alone: cut and resized, uint8 [N, C, H, W]."""
         several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        cut = [self._cut(image) for image in (images if several else [images])]
-        return self._batch(torch.stack(cut), {})
+        return torch.stack([self._cut(image) for image in (images if several else [images])])
 
     def _cut(self, image: Any) -> Tensor:
         """What a loader's worker does: [C, H, W]."""

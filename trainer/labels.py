@@ -33,7 +33,7 @@ def label_scores(logits: Tensor, batch: Batch, competing: Tensor | None = None) 
     scores = {"loss": F.cross_entropy(logits, labels, reduction="none"), "top1": hits[:, 0].float(), "top5": hits.any(1).float()}
     if "real" in batch:
         right = batch["real"].gather(1, ranked[:, :1])[:, 0].float()
-        scores[REAL] = right.where(batch["real"].any(1), float("nan"))
+        scores[REAL] = right.where((batch["real"] > 0).any(1), float("nan"))
     confidence = logits.softmax(1).gather(1, ranked[:, :1])[:, 0]
     return {**scores, "label": labels, "predicted": ranked[:, 0], "confidence": confidence}
 

@@ -46,7 +46,7 @@ class Classification(Task):
 
     def logits(self, images: Tensor) -> Tensor:
         """Log-probabilities up to a constant, [N, C]: the network's own, or those of the mean over test-time views."""
-        views = test_time_views(images, self.tta)
+        views = views_of(images, self.tta)
         if len(views) == 1:
             return self.model(images)
         return torch.stack([self.model(view).float().log_softmax(1) for view in views]).logsumexp(0)
@@ -69,7 +69,7 @@ class Classification(Task):
         return found
 
 
-def test_time_views(images: Tensor, kind: str) -> list[Tensor]:
+def views_of(images: Tensor, kind: str) -> list[Tensor]:
     """Views of images [N, C, S, S], of the same size, whose predictions are averaged."""
     if kind == "none":
         return [images]

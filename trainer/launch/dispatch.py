@@ -25,6 +25,15 @@ def dispatch(run: RunConfig) -> int:
         if here.is_main:
             report_finished(directory, run)
         return 0
+    if directory.extensions():
+        run = directory.read_config()
+        if here.is_main:
+            print("This run was extended since (python -m trainer extend); going on by its own config.yaml.")
+    return go_on(run, directory)
+
+
+def go_on(run: RunConfig, directory: RunDirectory) -> int:
+    """Train in this directory: here, or in as many ranks as the run asks for."""
     count = ranks_to_start(run.distributed)
     return _train(run, directory) if count == 1 else _start_ranks(run, directory, count)
 
