@@ -31,9 +31,9 @@ LAYERS = (
         "lr_curve",
     },
     {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
-    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug", "parts"},
+    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug", "parts", "labels"},
     {"engine"},
-    {"build", "feeds", "stages", "lr_finder", "recorder", "run"},
+    {"build", "feeds", "stages", "lr_finder", "recorder", "run", "evaluate", "predict", "export"},
     {"sweep"},
     {"launch", "__main__"},
 )

@@ -25,6 +25,10 @@ def dispatch(run: RunConfig) -> int:
         if here.is_main:
             report_finished(directory, run)
         return 0
+    if directory.extensions():
+        run = directory.read_config()
+        if here.is_main:
+            print("This run was extended since (python -m trainer extend); going on by its own config.yaml.")
     return run_in(run, directory)
 
 
