@@ -6,9 +6,11 @@ figure on any number of ranks. They know no task: whoever has features and label
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -71,3 +73,22 @@ class LinearProbe:
     def __call__(self, features: Tensor) -> Tensor:
         """Logits [N, C] of features [N, D]."""
         return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+
+def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
+    """What the network's classifier would be given, [N, D]; the output of a network that has none."""
+    parts: Any = network
+    if callable(getattr(network, "forward_features", None)) and callable(getattr(network, "forward_head", None)):  # timm's
+        return parts.forward_head(parts.forward_features(images), pre_logits=True)
+    linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
+    if not linear:
+        return network(images)
+    classifier = linear[-1]
+    seen: list[Tensor] = []
+    handle = classifier.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0]))
+    try:
+        output = network(images)
+    finally:
+        handle.remove()
+    # A linear layer inside, as in attention, is not the last thing that happens; then the output is what there is.
+    return seen[-1] if seen and output.shape == (len(images), classifier.out_features) and seen[-1].ndim == 2 else output
