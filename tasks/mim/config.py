@@ -71,6 +71,11 @@ class MimConfig(TaskConfig):
             return int(num_units * (1 - self.ratio))
         return num_units - math.ceil(num_units * self.ratio)
 
+    def decoder_size(self, width: int, depth: int) -> tuple[int, int, int]:
+        """Width, blocks and heads of MAE's decoder behind an encoder of this width and depth: 512, 8 and 16 for ViT-B and -L."""
+        dim = self.decoder_dim or min(512, max(64, width * 2 // 3 // 64 * 64))
+        return dim, self.decoder_depth or min(8, max(1, depth * 2 // 3)), self.decoder_heads or max(1, dim // 32)
+
     def build(self, run: RunConfig, data: DataInfo) -> Mim:
         from tasks.mim.build import build
 

@@ -33,8 +33,8 @@ class Judge:
     def _scores(self, batch: Batch) -> dict[str, Tensor]:
         filled = self.task.fill_in(batch["image"], batch["key"])
         if self.page is None:
-            first = (x[:SHOWN] for x in (batch["image"], filled.hidden, filled.images))
-            self.page = triptych(*first, self.task.mean, self.task.std)
+            first = slice(0, SHOWN)
+            self.page = triptych(batch["image"][first], filled.hidden[first], filled.images[first], self.task.mean, self.task.std)
         return {"loss": filled.losses}
 
     def compute(self) -> dict[str, float]:
@@ -78,6 +78,8 @@ def _gathered(rows: list[tuple[Tensor, Tensor, Tensor]], task: Mim) -> tuple[Ten
     """Everybody's rows; a rank whose share was empty has none to give."""
     none = torch.zeros(0, dtype=torch.int64, device=next(task.parameters()).device)
     width = int(task.model.num_features)  # type: ignore[arg-type]
-    mine = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else [none, none.new_zeros(0, width, dtype=torch.float32), none]
+    mine = (
+        [torch.cat(column) for column in zip(*rows, strict=True)] if rows else [none, none.new_zeros(0, width, dtype=torch.float32), none]
+    )
     index, features, labels = (all_cat(column) for column in mine)
     return index, features, labels

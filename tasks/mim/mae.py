@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,14 +22,14 @@ class Mae(Mim):
     def __init__(self, model: nn.Module, cfg: MimConfig, *, patch: int, image_size: int, channels: int, fresh: bool = True) -> None:
         super().__init__(model, cfg, patch=patch, image_size=image_size, channels=channels, fresh=fresh)
         vit: Any = model
-        width, depth = int(vit.embed_dim), len(vit.blocks)
+        width = int(vit.embed_dim)
         self.prefix = int(vit.num_prefix_tokens)  # class token, registers
-        dim = cfg.decoder_dim or min(512, max(64, width * 2 // 3 // 64 * 64))
-        heads = cfg.decoder_heads or max(1, dim // 32)
+        dim, depth, heads = cfg.decoder_size(width, len(vit.blocks))
         if dim % heads or dim % 4:
             reason = f"a width of {dim} is to be a multiple of 4 and of {heads} heads"
-            raise ConfigError(Problem("task.decoder_dim", dim, reason, f"task.decoder_dim={-(-dim // (4 * heads)) * 4 * heads}"))
-        depth = cfg.decoder_depth or min(8, max(1, depth * 2 // 3))
+            raise ConfigError(
+                Problem("task.decoder_dim", dim, reason, f"task.decoder_dim={-(-dim // math.lcm(4, heads)) * math.lcm(4, heads)}")
+            )
         self.decoder = Decoder(width, dim, depth, heads, self.grid, self.prefix, outputs=patch * patch * channels)
         if fresh:
             _initialise(vit, self.grid)
@@ -42,17 +43,21 @@ class Mae(Mim):
             raise ConfigError(no_transformer(cfg.name))
         return int(model.patch_embed.patch_size[0])
 
-    def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        order, shown = masks.in_patches(order, self.units, self.factor), self.num_visible * self.factor**2  # [N, L], V
-        visible, hidden = order[:, :shown], order[:, shown:]
-        predicted = self.decoder(self.encode(images, visible), order, shown)  # [N, L - V, P]
-        target = self.target(images).take_along_dim(hidden.unsqueeze(2), 1)
+    def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        order, shown = self._in_patches(order)
+        predicted = self.decoder(self.encode(images, order[:, :shown]), order, shown)  # [N, L - V, P]
+        target = self.target(images).take_along_dim(order[:, shown:].unsqueeze(2), 1)
         # Every image hides as many patches, so a mean of means is the mean over all hidden patches.
-        losses = (predicted.float() - target).square().mean((1, 2))
-        if torch.is_grad_enabled():
-            return losses, hidden, predicted  # of no use to a training step: not worth laying out
-        everywhere = predicted.new_zeros(len(images), order.shape[1], predicted.shape[2])
-        return losses, masks.hidden(order, shown), everywhere.scatter(1, hidden.unsqueeze(2).expand_as(predicted), predicted)
+        return (predicted.float() - target).square().mean((1, 2)), predicted
+
+    def laid_out(self, predicted: Tensor, order: Tensor) -> Tensor:
+        order, shown = self._in_patches(order)
+        everywhere = predicted.new_zeros(len(order), order.shape[1], predicted.shape[2])
+        return everywhere.scatter(1, order[:, shown:].unsqueeze(2).expand_as(predicted), predicted)
+
+    def _in_patches(self, order: Tensor) -> tuple[Tensor, int]:
+        """The order of patches, [N, L], and how many of them are visible."""
+        return masks.in_patches(order, self.units, self.factor), self.num_visible * self.factor**2
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Tokens of the prefix and of the visible patches, [N, prefix + V, D]. `visible`: int64 [N, V]."""
@@ -75,6 +80,8 @@ class Mae(Mim):
 
 class Decoder(nn.Module):
     """A narrow ViT over all tokens, a learned one in the place of each hidden patch."""
+
+    positions: Tensor
 
     def __init__(self, width: int, dim: int, depth: int, heads: int, grid: tuple[int, int], prefix: int, outputs: int) -> None:
         from timm.models.vision_transformer import Block

@@ -23,7 +23,7 @@ def visible_first(keys: Tensor, grid: tuple[int, int], kind: str) -> Tensor:
         kind: "random", every unit alike; or "block", rectangles one over the other.
     """
     noise = uniform(keys, UNITS, grid[0] * grid[1])  # [N, L]
-    return (noise if kind == "random" else _block_order(keys, noise, grid)).argsort(1, stable=True)
+    return (noise if kind == "random" else _block_order(keys, noise, grid)).argsort(dim=1, stable=True)
 
 
 def hidden(order: Tensor, num_visible: int) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LEAST = 96  # side in pixels below which a picture is magnified
+
 
 def to_patches(images: Tensor, patch: int) -> Tensor:
     """[N, C, H, W] -> [N, L, patch * patch * C], each patch row by row with its channels last, as MAE lays them out."""
@@ -45,6 +47,8 @@ def triptych(image: Tensor, mask: Tensor, filled: Tensor, mean: Sequence[float],
     pictures = (pictures * s + m).clamp(0, 1)
     pictures[:, 1] = pictures[:, 1].where(~mask.unsqueeze(1), 0.5)
     pictures = pictures[:, :, :3] if channels >= 3 else pictures[:, :, :1].expand(-1, -1, 3, -1, -1)
+    zoom = max(1, LEAST // pictures.shape[-1])  # by a whole number: pixels stay square
+    pictures = pictures.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
     pictures = torch.nn.functional.pad(pictures, (1, 1, 1, 1), value=1.0)
     page = pictures.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # [3, N * (H + 2), 3 * (W + 2)]
     return (page * 255).round().to(torch.uint8)

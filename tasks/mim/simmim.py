@@ -34,7 +34,9 @@ class SimMim(Mim):
     def patch_of(model: nn.Module, cfg: ModelConfig) -> int:
         projection = getattr(getattr(model, "patch_embed", None), "proj", None)
         if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride:
-            reason = "simmim puts a token in the place of each hidden patch, which takes a network that begins with patches that do not overlap"
+            reason = (
+                "simmim puts a token in the place of each hidden patch, which takes a network that begins with patches that do not overlap"
+            )
             raise ConfigError(Problem("model.name", cfg.name, reason, "model=timm model.name=swin_tiny_patch4_window7_224, or model=vit_s"))
         return int(projection.stride[0])
 
@@ -46,14 +48,17 @@ class SimMim(Mim):
         self.model.train(training)
         return side
 
-    def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         mask = masks.enlarged(masks.hidden(order, self.num_visible), self.units, self.factor)  # [N, h, w] in patches
         with self._hidden(mask):
             features = self._map(images)  # [N, D, s, s]
         pixels = F.pixel_shuffle(self.decoder(features), self.stride)  # [N, C, H, W]
-        mask, predicted = mask.flatten(1), to_patches(pixels, self.patch)  # [N, L], [N, L, P]
-        error = (predicted.float() - self.target(images)).abs().mean(2)  # [N, L]
-        return (error * mask).sum(1) / mask.sum(1), mask, predicted
+        error = (to_patches(pixels, self.patch).float() - self.target(images)).abs().mean(2)  # [N, L]
+        mask = mask.flatten(1)
+        return (error * mask).sum(1) / mask.sum(1), pixels
+
+    def laid_out(self, predicted: Tensor, order: Tensor) -> Tensor:
+        return to_patches(predicted, self.patch)
 
     @contextmanager
     def _hidden(self, mask: Tensor) -> Iterator[None]:

@@ -44,8 +44,8 @@ class Mim(Task):
         self.cfg = cfg
         self.patch, self.channels = patch, channels
         self.unit = cfg.unit(patch, image_size)  # pixels
-        self.units = (image_size // self.unit,) * 2
-        self.grid = (image_size // patch,) * 2
+        self.units = (image_size // self.unit, image_size // self.unit)
+        self.grid = (image_size // patch, image_size // patch)
         self.factor = self.unit // patch  # patches along a unit's side
         self.num_visible = cfg.num_visible(self.units[0] * self.units[1])  # units
         self.mean: Sequence[float] = (0.0,)
@@ -61,32 +61,37 @@ class Mim(Task):
         """Side of a patch of this network in pixels. Raises ConfigError where the method cannot use the network."""
 
     @abstractmethod
-    def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fill in what lies behind the first `num_visible` units of `order`.
+    def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill in what lies behind the first `num_visible` units of `order` [N, units].
 
         Returns:
-            Loss of each image, [N]; the mask in patches, bool [N, L]; predicted patches [N, L, P], meaningless where visible.
+            Loss of each image, float32 [N], and the prediction as the method makes it.
         """
+
+    @abstractmethod
+    def laid_out(self, predicted: Tensor, order: Tensor) -> Tensor:
+        """The method's prediction as patches, [N, L, P]; what stands where a patch is visible has no meaning."""
 
     def order(self, keys: Tensor) -> Tensor:
         """[N, units], the visible ones first."""
         return masks.visible_first(keys, self.units, self.cfg.mask)
 
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
-        losses, _, _ = self.losses(batch["image"], self.order(batch["key"]))
+        losses, _ = self.losses(batch["image"], self.order(batch["key"]))
         return StepOutput(losses.mean())
 
     @torch.no_grad()
     def fill_in(self, images: Tensor, keys: Tensor) -> Filled:
         order = self.order(keys)
-        losses, mask, predicted = self.losses(images, order)
-        patches = to_patches(images, self.patch)
+        losses, predicted = self.losses(images, order)
+        hidden = masks.hidden(order, self.num_visible)
+        patches, guesses = to_patches(images, self.patch).float(), self.laid_out(predicted, order).float()
         if self.cfg.normalizes:
             mean, std = scale_of(patches)
-            predicted = predicted * std + mean
-        filled = patches.where(~mask.unsqueeze(2), predicted.to(patches.dtype))
-        hidden = masks.enlarged(masks.hidden(order, self.num_visible), self.units, self.unit)
-        return Filled(losses, hidden, to_images(filled, self.patch, self.grid))
+            guesses = guesses * std + mean
+        in_patches = masks.enlarged(hidden, self.units, self.factor).flatten(1).unsqueeze(2)  # [N, L, 1]
+        filled = to_images(guesses.where(in_patches, patches), self.patch, self.grid)
+        return Filled(losses, masks.enlarged(hidden, self.units, self.unit), filled)
 
     def target(self, images: Tensor) -> Tensor:
         """What is to be predicted, float32 [N, L, P]."""
