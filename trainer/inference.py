@@ -90,9 +90,9 @@ def load_task(path: str | PathLike[str], checkpoint: str | PathLike[str] = "best
 
 
 def offline(run: RunConfig) -> RunConfig:
-    """`run` without pretrained weights: all weights come from the checkpoint, and nothing is to be fetched."""
+    """`run` without pretrained weights and teachers: all weights come from the checkpoint, and nothing is to be fetched."""
     changes = {name: value for name, value in (("pretrained", False), ("weights", None)) if hasattr(run.model, name)}
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes)) if changes else run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes), task=run.task.for_inference())
 
 
 def _find(path: Path, checkpoint: str | PathLike[str]) -> Path:

@@ -76,19 +76,24 @@ class LinearProbe:
 
 
 def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
-    """What the network's classifier would be given, [N, D]; the output of a network that has none."""
-    parts: Any = network
-    if callable(getattr(network, "forward_features", None)) and callable(getattr(network, "forward_head", None)):  # timm's
-        return parts.forward_head(parts.forward_features(images), pre_logits=True)
+    """What the network's classifier is given, [N, D]; the output of a network that has none."""
+    return features_and_output(network, images)[0]
+
+
+def features_and_output(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network's classifier is given, [N, D], and what the network makes of the images, in one pass."""
+    timm: Any = network
+    if callable(getattr(network, "forward_features", None)) and callable(getattr(network, "forward_head", None)):
+        maps = timm.forward_features(images)
+        return timm.forward_head(maps, pre_logits=True), timm.forward_head(maps)
     linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
-    if not linear:
-        return network(images)
-    classifier = linear[-1]
     seen: list[Tensor] = []
-    handle = classifier.register_forward_pre_hook(lambda part, inputs: seen.append(inputs[0]))
+    handles = [part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for part in linear[-1:]]
     try:
         output = network(images)
     finally:
-        handle.remove()
-    # A linear layer inside, as in attention, is not the last thing that happens; then the output is what there is.
-    return seen[-1] if seen and output.shape == (len(images), classifier.out_features) and seen[-1].ndim == 2 else output
+        for handle in handles:
+            handle.remove()
+    # The last linear layer is the classifier where its output is the network's; in attention, say, it is not.
+    is_classifier = bool(seen) and seen[-1].ndim == 2 and output.shape == (len(images), linear[-1].out_features)
+    return (seen[-1] if is_classifier else output), output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from trainer.ema import Ema
 from trainer.engine import Engine
 from trainer.environment import changes, write_environment
 from trainer.errors import ConfigError, Interrupted, Problem
+from trainer.lock import Busy
 from trainer.log import open_display, open_journal, open_log, show_facts, show_result
 from trainer.recorder import Recorder
 from trainer.rundir import RunDirectory, run_directory
@@ -54,6 +56,8 @@ def train(run: RunConfig, directory: RunDirectory | None = None) -> dict[str, An
         if world.is_main:
             stack.enter_context(directory.claim())
         world.barrier()  # nobody reads a checkpoint before the directory is ours
+        for needed in run.task.prerequisites(run):
+            finish_first(needed, world, signals)
         stack.enter_context(open_log(directory.path, world.rank))
         with known_errors(run, world):
             return _train(run, directory, world, signals, stack)
@@ -119,6 +123,36 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
         show_result(result, directory.path)
     world.barrier()
     return result
+
+
+def finish_first(run: RunConfig, world: World, signals: StopSignals) -> None:
+    """Train what another run needs, if that has not been done; where another process is at it, wait for its end."""
+    directory = RunDirectory(run_directory(run))
+    while True:
+        with ExitStack() as stack:
+            place = world.broadcast(_place(directory, stack) if world.is_main else None)
+            if place == "ours":
+                if world.is_main:
+                    print(f"needed first, and kept for other runs: {directory}")
+                stack.enter_context(open_log(directory.path, world.rank))
+                with known_errors(run, world):
+                    _train(run, directory, world, signals, stack)
+            if place != "busy":
+                return
+        if reason := max(world.gather(int(signals.told()))):
+            raise stop_error(reason)
+        time.sleep(1.0)
+
+
+def _place(directory: RunDirectory, stack: ExitStack) -> str:
+    """finished, busy or ours; and if ours, claimed."""
+    if directory.is_finished():
+        return "finished"
+    try:
+        stack.enter_context(directory.claim())
+    except Busy:
+        return "busy"
+    return "finished" if directory.is_finished() else "ours"
 
 
 def set_backends(run: RunConfig) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.classification.config import ClassificationConfig
-from trainer.evaluation import Mean
+from trainer.evaluation import Mean, scores_of_logits
 from trainer.task import Batch, Progress, StepOutput, Task
 
 
@@ -37,12 +37,4 @@ class Classification(Task):
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
         """Loss and accuracies of each image, [N] each."""
-        labels = batch["label"]
-        logits = self.model(batch["image"]).float()  # [N, C]
-        ranked = logits.topk(min(5, self.num_classes), dim=1).indices  # [N, 5]
-        hits = ranked == labels.unsqueeze(1)
-        return {
-            "loss": F.cross_entropy(logits, labels, reduction="none"),
-            "top1": hits[:, 0].float(),
-            "top5": hits.any(1).float(),
-        }
+        return scores_of_logits(self.model(batch["image"]), batch["label"])

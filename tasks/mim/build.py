@@ -31,5 +31,5 @@ def build(cfg: MimConfig, run: RunConfig, data: DataInfo) -> Mim:
         raise ConfigError(*problems)
     task = method(model, cfg, patch=patch, image_size=size, channels=data.channels, fresh=not run.model.pretrained)
     task.mean, task.std = run.dataset.mean, run.dataset.std
-    task.num_classes = len(data.classes)
+    task.num_classes = len(data.classes) if "label" in run.dataset.offers else 0
     return task
