@@ -75,7 +75,10 @@ def test_each_file_knows_what_it_is(trained, exported):
         weights = file.metadata()["trainyard"]
         assert set(file.keys()) == set(load_model(trained).state_dict())
     session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
-    known = [json.loads(text) for text in (script["trainyard.json"], program["trainyard.json"], weights, session.get_modelmeta().custom_metadata_map["trainyard"])]
+    known = [
+        json.loads(text)
+        for text in (script["trainyard.json"], program["trainyard.json"], weights, session.get_modelmeta().custom_metadata_map["trainyard"])
+    ]
     assert known[0] == known[1] == known[2] == known[3]
     size = compose_run(*NETWORKS[trained.parent.name[:-1]]).dataset.image_size
     assert known[0]["output"]["classes"] == [str(i) for i in range(10)] and known[0]["input"]["shape"] == ["N", 3, size, size]
@@ -90,7 +93,6 @@ def test_the_card_says_what_the_run_knows(trained, exported):
     gaps = [float(g) for g in re.findall(r"\| `model\.\S+` \| (\S+) \|", card)]
     assert len(gaps) == 4 and max(gaps) < exporting.TOLERANCE
     assert not [p for p in exported.iterdir() if p.name.startswith(".")], "nothing half written is left"
-
 
 
 def test_a_file_that_differs_is_not_left_behind(trained, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from trainer.launch import clean, extend
 from trainer.launch.compose import compose_run
 from trainer.launch.dispatch import dispatch
 from trainer.lock import Lock
-from trainer.rundir import RunDirectory, run_directory
 from trainer.run import train
+from trainer.rundir import RunDirectory, run_directory
 
 VIT = [*MODELS["vit"], "dataset.num_workers=0", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=2"]
 
@@ -135,10 +135,19 @@ def test_old_checkpoints_of_what_is_done_go(tmp_path, capsys):
     assert clean.main([str(tmp_path), "--dry-run"]) == 0
     assert sorted(p for p in tmp_path.rglob("*")) == before
     said = capsys.readouterr().out
-    assert "3 checkpoints would be deleted, 0.0 MB; 1 finished runs, 1 others left alone" in said and f"{failed}: not finished, left alone" in said
+    assert (
+        "3 checkpoints would be deleted, 0.0 MB; 1 finished runs, 1 others left alone" in said
+        and f"{failed}: not finished, left alone" in said
+    )
     assert clean.space_of(clean.superfluous(finished)) == 3000 + 5000 + 500, "epoch-0002 lives on as last"
     assert clean.main([str(tmp_path)]) == 0
-    assert {p.name for p in finished.checkpoints.iterdir()} == {"best.pt", "best.pt.sha256", "last.pt", "last.pt.sha256", "model.safetensors"}
+    assert {p.name for p in finished.checkpoints.iterdir()} == {
+        "best.pt",
+        "best.pt.sha256",
+        "last.pt",
+        "last.pt.sha256",
+        "model.safetensors",
+    }
     assert len(list(failed.checkpoints.iterdir())) == 11
     assert clean.main([str(finished)]) == 0 and "0 checkpoints deleted" in capsys.readouterr().out
 

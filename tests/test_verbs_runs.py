@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from tests.test_exact import MODELS, SHORT, run
+from tests.test_exact import MODELS, run
 from trainer import load_model
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.launch import evaluate, predict
@@ -85,7 +85,9 @@ def test_the_runs_own_validation_is_repeated_to_the_last_bit(trained, tmp_path):
     directory = copied(trained, tmp_path)
     scores, _ = measured(directory, "loop.max_validation_batches=2")
     best = json.loads((directory / "result.json").read_text())["best"]
-    assert {k: v for k, v in scores.items() if k.startswith("val/")} == {k: v for k, v in best.items() if k.startswith("val/") and k != "val/seconds"}
+    assert {k: v for k, v in scores.items() if k.startswith("val/")} == {
+        k: v for k, v in best.items() if k.startswith("val/") and k != "val/seconds"
+    }
 
 
 def test_two_ranks_measure_what_one_does(trained, tmp_path, monkeypatch):
@@ -94,7 +96,9 @@ def test_two_ranks_measure_what_one_does(trained, tmp_path, monkeypatch):
     two, out = measured(directory, "loop.batch_size=60", "distributed=local", "distributed.processes=2")
     assert [int(r["index"]) for r in rows(out / "predictions.csv")] == list(range(359)), "each once, whichever rank had it"
     one, _ = measured(directory, "loop.batch_size=30")
-    assert {k: v for k, v in one.items() if k.startswith("val/")} == pytest.approx({k: v for k, v in two.items() if k.startswith("val/")}, rel=1e-6)
+    assert {k: v for k, v in one.items() if k.startswith("val/")} == pytest.approx(
+        {k: v for k, v in two.items() if k.startswith("val/")}, rel=1e-6
+    )
 
 
 def test_only_some_classes_compete(trained, truth, tmp_path):
@@ -284,7 +288,10 @@ def test_folders_with_nothing_to_see(trained, tmp_path):
 
 
 def test_boxes_are_drawn_and_counted():
-    found = [{"class": "car", "score": 0.75, "x1": 2, "y1": 2, "x2": 12, "y2": 12}, {"class": "bus", "score": 0.5, "x1": 0, "y1": 0, "x2": 1, "y2": 1}]
+    found = [
+        {"class": "car", "score": 0.75, "x1": 2, "y1": 2, "x2": 12, "y2": 12},
+        {"class": "bus", "score": 0.5, "x1": 0, "y1": 0, "x2": 1, "y2": 1},
+    ]
     picture = np.zeros((16, 16, 3), dtype=np.uint8)
     sheet = np.asarray(predict.contact_sheet([(picture, found), (picture, [])]))
     assert (sheet == [255, 0, 0]).all(-1).sum() > 100

@@ -19,10 +19,16 @@ VERBS = {  # verb -> (module:function, what it does)
     "resume": ("trainer.sweep.verbs:resume", "DIR [JOB ...]: start what is left of a sweep, or go on with a run"),
     "retry": ("trainer.sweep.verbs:retry", "SWEEP [JOB ...]: start again what failed, as the cause allows"),
     "cancel": ("trainer.sweep.verbs:cancel", "DIR [JOB ...]: stop queued and running jobs of a sweep, or a run"),
-    "status": ("trainer.sweep.status:main", "PATH ...: how the jobs of a sweep are doing, live: state, step, time left, metric, why it failed"),
+    "status": (
+        "trainer.sweep.status:main",
+        "PATH ...: how the jobs of a sweep are doing, live: state, step, time left, metric, why it failed",
+    ),
     "report": ("trainer.sweep.report:main", "PATH ...: the table over seeds of a sweep or of any runs: report.{md,csv,tex,json,html}"),
     "diff": ("trainer.sweep.diff:main", "A B: what differs between two runs: configuration, code, environment, metrics"),
-    "reproduce": ("trainer.sweep.reproduce:main", "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first"),
+    "reproduce": (
+        "trainer.sweep.reproduce:main",
+        "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first",
+    ),
     "evaluate": (
         "trainer.launch.evaluate:main",
         "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's network measured as in validation, on these or other data",

@@ -139,7 +139,9 @@ def _difference(kind: str, program: Callable[[Tensor], Sequence[Tensor]], pixels
     for count in dict.fromkeys((len(pixels), 1)):
         found = program(pixels[:count])
         if len(found) != len(expected) or any(f.shape[1:] != e.shape[1:] for f, e in zip(found, expected, strict=True)):
-            raise ConfigError(Problem("--format", kind, "the file does not give what the original gives: other shapes", "--format safetensors"))
+            raise ConfigError(
+                Problem("--format", kind, "the file does not give what the original gives: other shapes", "--format safetensors")
+            )
         for ours, theirs in zip(expected, found, strict=True):
             ours = ours[:count].float()
             gap = (ours - theirs.float()).abs().max() / ours.abs().max().clamp_min(1e-6)

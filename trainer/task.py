@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from trainer.probe import pooled_features
+
 if TYPE_CHECKING:
     from trainer.config.optimizer import ParamRule
     from trainer.data.augment import Augmentation
@@ -132,6 +134,10 @@ class Task(nn.Module, ABC):
     def network(self) -> nn.Module:
         """What is exported and what `load_model` returns: by convention the submodule `model`."""
         return self.get_submodule("model")
+
+    def features(self, images: Tensor) -> Tensor:
+        """What nearest neighbours and linear classifiers judge the network by, [N, D]."""
+        return pooled_features(self.network(), images)
 
     def param_rules(self) -> Sequence[ParamRule]:
         """The task's own learning rates and weight decays by parameter name; the user's `optimizer.rules` come first."""

@@ -74,7 +74,9 @@ def relabelled(source: Source, classes: Sequence[str], real: str | None = None) 
         close = nearest(unknown[0], ours)
         hint = f" (its {close!r}?)" if close else ""
         reason = f"has {len(unknown)} classes that the network does not know: {_listed(unknown)}{hint}; it knows {_listed(ours)}"
-        raise ConfigError(Problem("dataset", type(source).__name__, reason, "rename the classes, or dataset.class_file where the data have one"))
+        raise ConfigError(
+            Problem("dataset", type(source).__name__, reason, "rename the classes, or dataset.class_file where the data have one")
+        )
     found = None if real is None else real_labels(real, source, ours)
     if theirs == ours and found is None:
         return source
