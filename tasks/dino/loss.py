@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -24,6 +23,16 @@ def view_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     views, images = student.shape[0], student.shape[1]
     same = torch.eye(teacher.shape[0], views, dtype=torch.bool, device=pairs.device)
     return pairs.masked_fill(same, 0).sum() / (teacher.shape[0] * (views - 1) * images)
+
+
+def patch_loss(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float, images: int) -> Tensor:
+    """Cross-entropy at hidden patches: the mean over an image's, then over all images, those without any too (arXiv:2111.07832, eq. 3).
+
+    Args:
+        student: scores [M, K] of the hidden patches. teacher: probabilities [M, K]. weight: [M], 1 / number of the image's.
+    """
+    log_p = (student.float() / temperature).log_softmax(-1)
+    return -((teacher * log_p).sum(-1) * weight).sum() / images
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import lightly.loss
 import numpy as np
@@ -81,7 +82,8 @@ def test_micro_batches_move_the_centre_as_the_whole_batch_does():
     whole(views, progress)
     for i in range(2):
         cut({name: v[3 * i : 3 * i + 3] for name, v in views.items()}, progress)
-    whole.before_update(progress), cut.before_update(progress)
+    whole.before_update(progress)
+    cut.before_update(progress)
     torch.testing.assert_close(whole.center, cut.center)
     torch.testing.assert_close(whole.spread, cut.spread)
 
@@ -134,11 +136,12 @@ def test_weight_decay_and_rate_are_the_papers(step):
 def test_prototypes_are_torchs_weight_normed_layer():
     torch.manual_seed(0)
     ours = Prototypes(8, 5, train_lengths=True)
-    theirs = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 5, bias=False))
+    theirs: Any = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 5, bias=False))
     theirs.parametrizations.weight.original0.data = ours.weight_g.data.clone()
     theirs.parametrizations.weight.original1.data = ours.weight_v.data.clone()
     x = torch.randn(7, 8)
-    ours(x).square().sum().backward(), theirs(x).square().sum().backward()
+    ours(x).square().sum().backward()
+    theirs(x).square().sum().backward()
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.weight_v.grad, theirs.parametrizations.weight.original1.grad)
     torch.testing.assert_close(ours.weight_g.grad, theirs.parametrizations.weight.original0.grad)
