@@ -63,7 +63,7 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
     set_backends(run)
     data = build_data(run)
     task = build_task(run, data, world.device, world.size)
-    state = build_state(run, task)
+    state = build_state(run, task, data.total_steps)
     metric, higher_is_better = best_metric(run, task)
     periods = periods_of(run, data)
     resumed = restore(run, directory, state, world, data.train.classes)
@@ -129,8 +129,8 @@ def set_backends(run: RunConfig) -> None:
     torch.use_deterministic_algorithms(run.loop.deterministic)
 
 
-def build_state(run: RunConfig, task: Task) -> TrainState:
-    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules())
+def build_state(run: RunConfig, task: Task, total_steps: int = 1) -> TrainState:
+    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules(), total_steps)
     device = next(task.parameters()).device
     return TrainState(
         task=task,

@@ -147,7 +147,7 @@ class PartDiscoveryConfig(LossConfig):
         if wrong:
             reason = f"the {self.num_parts} parts are 0 to {self.num_parts - 1}"
             yield Problem("task.remove_parts", self.remove_parts, reason, f"task.remove_parts=[{self.num_parts - 1}]")
-        elif len(set(self.remove_parts)) == self.num_parts:
+        elif self.remove_parts and len(set(self.remove_parts)) == self.num_parts:
             yield Problem("task.remove_parts", self.remove_parts, "leaves no part to see", "task.remove_parts=[0]")
         if self.part_thresholds is not None and len(self.part_thresholds) != self.num_parts:
             yield Problem("task.part_thresholds", self.part_thresholds, f"needs a number for each of {self.num_parts} parts")

@@ -96,14 +96,14 @@ class PartScores:
             if of.shape[1] <= MOST_CLASSES:
                 columns[f"probability{stage}"] = of.softmax(1)
         if found.mask is not None:
-            columns["seen"] = found.mask.hard.mean((1, 2))
+            columns["seen_fraction"] = found.mask.hard.mean((1, 2))
         return columns
 
     def compute(self) -> dict[str, float]:
         rows = self.rows.gather()
         if not rows:
             return {}
-        found = {name: float(rows[name].mean()) for name in ("loss", "loss_stage1", "top1", "top1_stage1", "seen") if name in rows}
+        found = {name: float(rows[name].mean()) for name in ("loss", "loss_stage1", "top1", "top1_stage1", "seen_fraction") if name in rows}
         for stage in ("", "_stage1"):
             if f"top1{stage}" in rows and "group" in rows:
                 found[f"worst_group_top1{stage}"] = scores.worst_group(rows[f"top1{stage}"], rows["group"])

@@ -73,7 +73,7 @@ class PartDiscovery(Task):
             scores = {"top1": (logits.argmax(1) == hard).float().mean()}
             if self.model.stage_2 is not None:
                 scores["top1_stage1"] = (found.logits.argmax(1) == hard).float().mean()
-                scores["seen"] = found.mask.hard.mean() if found.mask else loss.new_zeros(())
+                scores["seen_fraction"] = found.mask.hard.mean() if found.mask else loss.new_zeros(())
         return StepOutput(loss, {**{name: term.detach() for name, term in terms.items()}, **scores})
 
     def classification(self, found: Found, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
