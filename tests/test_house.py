@@ -18,7 +18,7 @@ LAYERS = (
     {"errors"},
     {"config", "random", "schedule", "task", "files", "surroundings", "identity", "resample", "compiling", "pretrained", "probe"},
     {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
-    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug"},
+    {"checkpoint", "ema", "adamw", "optim", "models", "pyramid", "mit", "fusion", "update", "state", "evaluation", "weights", "inference", "debug"},
     {"engine"},
     {"build", "recorder", "run"},
     {"launch", "__main__"},

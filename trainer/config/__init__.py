@@ -3,6 +3,7 @@
 from trainer.config.augmentation import AugmentationConfig
 from trainer.config.dataset import DatasetConfig, Facts
 from trainer.config.fields import schema, setting
+from trainer.config.letterbox import Letterbox
 from trainer.config.logger import LoggerConfig
 from trainer.config.loop import LoopConfig, Progressing
 from trainer.config.model import ModelConfig
@@ -11,7 +12,7 @@ from trainer.config.run import DebugConfig, DistributedConfig, Mode, PrecisionCo
 from trainer.config.scheduler import SchedulerConfig
 
 __all__ = [
-    "AugmentationConfig", "DatasetConfig", "DebugConfig", "DistributedConfig", "Facts", "LoggerConfig", "LoopConfig",
-    "LrScaling", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
+    "AugmentationConfig", "DatasetConfig", "DebugConfig", "DistributedConfig", "Facts", "Letterbox", "LoggerConfig",
+    "LoopConfig", "LrScaling", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
     "RunConfig", "SchedulerConfig", "TaskConfig", "schema", "setting",
 ]  # fmt: skip
