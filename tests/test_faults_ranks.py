@@ -36,8 +36,9 @@ def ranks_of(command: Command) -> dict[str, int]:
 
 
 def struck(command: Command, step: int, what: int, rank: str | None = None) -> float:
-    """Send a signal to a rank, or to the command itself, once a step is done. The seconds until the command has ended."""
-    command.wait_for_step(step)
+    """Send a signal to a rank, or to the command itself, once it has done a step. The seconds until the command has ended."""
+    # One of its own: the run before it may have got further than it was waited for.
+    command.wait_until(lambda: command.steps_done() >= step and "\nstep " in command.said)
     pids = family(command.pid)
     started = time.monotonic()
     os.kill(ranks_of(command)[rank] if rank else command.pid, what)

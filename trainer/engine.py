@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -23,8 +23,8 @@ from trainer.distributed import World
 from trainer.errors import Diverged
 from trainer.random import fold, mix
 from trainer.state import TrainState
-from trainer.task import Batch, Progress, StepOutput
-from trainer.update import BufferGuard, Rates, Update
+from trainer.task import Batch, ComparesWithTraining, Illustrates, Progress, StepOutput, Task
+from trainer.update import BufferGuard, Clip, Rates, Update, clip_adaptively, clip_each, clip_values
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Reporter(Protocol):
 
     def logged(self, scalars: dict[str, float]) -> None: ...
     def validated(self, scores: dict[str, float]) -> None: ...
+    def pictures(self, pictures: Mapping[str, Tensor]) -> None: ...  # {name: uint8 [3, H, W]}
     def save(self) -> None: ...
     def tick(self) -> None: ...  # a sign of life, at every step and validation batch
 
@@ -87,13 +88,17 @@ class Engine:
         step_size: Callable[[int], int] | None = None,
         describe_step: Callable[[int], str] = lambda step: "",
         inspect: Callable[[nn.Module], dict[str, float]] | None = None,
+        decay: Callable[[float], float] | None = None,
     ) -> None:
         self.state, self.world, self.periods, self.loop = state, world, periods, loop
         self.reporter, self.poll, self.inspect = reporter, poll, inspect
         self.describe_step = describe_step
         self.step_size = step_size  # images of a step over all ranks, where an epoch's last batch is short
         self.guard = BufferGuard(state.task)  # before anything else takes hold of the buffers
-        self.update = Update(state.optimizers, schedule, state.scaler, loop.max_grad_norm)
+        self.update = Update(
+            state.optimizers, schedule, state.scaler, loop.max_grad_norm if loop.clip_mode == "norm" else None,
+            clip=clipping(loop, state.task), decay=None if decay is None else lambda step: decay(step / periods.total),
+        )  # fmt: skip
         self.module: nn.Module = self._distribute(state.task)
         self.autocast = self._autocast(precision)
         self.seed = fold(seed, world.rank)
@@ -104,9 +109,14 @@ class Engine:
         self.before_update = _own(state.task, "before_update")
         self.after_update = _own(state.task, "after_update")
         self.guards_buffers = bool(self.guard.blocks)
+        self.reference: Iterable[Batch] | None = None
 
-    def fit(self, batches: Iterable[Batch], validation: Iterable[Batch] | None) -> int:
-        """Train until the last step or until told to stop. Returns 0, or the reason the ranks agreed on."""
+    def fit(self, batches: Iterable[Batch], validation: Iterable[Batch] | None, reference: Iterable[Batch] | None = None) -> int:
+        """Train until the last step or until told to stop. Returns 0, or the reason the ranks agreed on.
+
+        `reference` is the training set as validation sees it, for evaluators that compare with it.
+        """
+        self.reference = reference
         stream = iter(batches)
         state, periods = self.state, self.periods
         self.window = Window()
@@ -206,37 +216,51 @@ class Engine:
         return batch
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float] | None:
+    def evaluate(self, batches: Iterable[Batch], *, illustrate: bool = False) -> dict[str, float] | None:
         """One validation pass, with the averaged weights where there are some. Collective. None if the ranks stopped in it."""
         task = self.state.task
         task.eval()
         evaluator = task.evaluator()
         reseed(mix(self.seed))
+        weights: AbstractContextManager[Any] = self.state.ema.swapped(task) if self.state.ema else nullcontext()
+        scores = None
+        with weights:
+            if self.reference is not None and isinstance(evaluator, ComparesWithTraining):
+                self._visit(self.reference, evaluator.reference)
+            if not self.stop_reason:
+                self._visit(batches, evaluator.update)
+            if not self.stop_reason:
+                scores = {f"val/{name}": value for name, value in evaluator.compute().items()}
+            if scores is not None and illustrate and self.world.is_main and isinstance(evaluator, Illustrates):
+                with self.autocast or nullcontext():
+                    self.reporter.pictures(evaluator.pictures())
+        task.train()
+        return scores
+
+    def _visit(self, batches: Iterable[Batch], show: Callable[[Batch], None]) -> None:
+        """Show every batch, until the ranks agree to stop."""
         # Ranks may have unequal numbers of batches; asked to stop, they have to answer equally often.
         rounds = getattr(batches, "rounds", None)
         stream = iter(batches)
-        weights: AbstractContextManager[Any] = self.state.ema.swapped(task) if self.state.ema else nullcontext()
-        with weights, self.autocast or nullcontext():
+        with self.autocast or nullcontext():
             for _ in itertools.count() if rounds is None else range(rounds):
                 batch = next(stream, None)
                 if batch is not None:
-                    evaluator.update(self._laid_out(batch))
+                    show(self._laid_out(batch))
                 elif rounds is None:
                     break
                 self.reporter.tick()
                 if rounds is not None and (reason := self.poll(self.state.step)):
                     self.stop_reason = reason
                     break
-        task.train()
-        if self.stop_reason:
-            return None
-        return {f"val/{name}": value for name, value in evaluator.compute().items()}
 
     def _validate(self, batches: Iterable[Batch] | None) -> None:
         if batches is None:
             return
         with self._pause() as seconds:
-            scores = self.evaluate(batches)
+            every = self.loop.preview_every
+            due = every is not None and (len(self.state.history) % every == 0 or self.state.step == self.periods.total)
+            scores = self.evaluate(batches, illustrate=due)
             if scores is not None:
                 self.state.validated = self.state.step
                 self.reporter.validated({**scores, "val/seconds": seconds()})
@@ -279,6 +303,8 @@ class Engine:
         self.window.started = self.clock
         rates = dict.fromkeys(group["lr"] for group in self.update.groups)  # each once, in order
         scalars.update({"train/lr" if i == 0 else f"train/lr_{i}": rate for i, rate in enumerate(rates)})
+        if self.update.decay is not None:
+            scalars["train/weight_decay"] = max(group["weight_decay"] for group in self.update.groups)
         if self.update.cycles_momentum:
             scalars["train/momentum"] = self.update.schedule.momentum(max(self.state.step - 1, 0)) or 0.0
         if self.state.skipped:
@@ -345,9 +371,17 @@ class Engine:
 
 def _own(task: nn.Module, method: str) -> Callable[[Progress], None] | None:
     """A hook that the task overrides; None where it is the empty one of the base class, which need not be called."""
-    from trainer.task import Task
-
     return None if getattr(type(task), method) is getattr(Task, method) else getattr(task, method)
+
+
+def clipping(loop: LoopConfig, task: Task) -> Clip | None:
+    """The clipping that is not by the norm of all gradients together."""
+    if loop.max_grad_norm is None or loop.clip_mode == "norm":
+        return None
+    if loop.clip_mode == "agc":
+        head = getattr(task.network(), "get_classifier", lambda: None)()
+        return clip_adaptively(loop.max_grad_norm, list(head.parameters()) if isinstance(head, nn.Module) else ())
+    return (clip_each if loop.clip_mode == "parameter" else clip_values)(loop.max_grad_norm)
 
 
 def reseed(seed: int) -> None:

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +35,16 @@ NORMS = (
 )
 
 
-def parameter_groups(module: nn.Module, cfg: OptimizerConfig, batch_size: int) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, cfg: OptimizerConfig, batch_size: int, own_rules: Sequence[ParamRule] = ()) -> list[dict[str, Any]]:
     """Groups of {params, lr, weight_decay} over everything in `module` that trains; parameters of equal rates share one.
 
-    A rule with lr_factor 0 freezes: it takes requires_grad away, so call this before wrapping the module in DDP.
+    `own_rules` are the module's own, for what no rule of the config matches. A rule with lr_factor 0 freezes: it takes requires_grad away, so call this before wrapping the module in DDP.
     """
     rules = _match_rules(module, cfg)
+    for name, _ in module.named_parameters():
+        own = next((rule for rule in own_rules if re.search(rule.pattern, name)), None)
+        if own is not None:
+            rules.setdefault(name, own)
     scales = layer_scales(module, cfg.layer_decay)
     spared = set(_spared(module, cfg))
     peak = cfg.scaled_lr(batch_size)

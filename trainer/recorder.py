@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from trainer.checkpoint import Writer
 from trainer.config import RunConfig
 from trainer.distributed import World
@@ -70,6 +72,10 @@ class Recorder:
         due = state.step == self.periods.total or state.step == self.last_saved
         if is_best and not due:
             self.save()  # the engine would save at the next checkpoint, when these weights are gone
+
+    def pictures(self, pictures: Mapping[str, Tensor]) -> None:
+        images = {name: picture.permute(1, 2, 0).cpu().numpy() for name, picture in pictures.items()}  # [H, W, 3] uint8
+        self.journal.pictures(self.state.step, images)
 
     def _is_best(self, scores: Mapping[str, float]) -> bool:
         value = scores.get(self.metric)

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.amp.grad_scaler import GradScaler
 
@@ -17,6 +18,7 @@ from trainer.checkpoint import Writer, load, newest_good, save_safetensors, set_
 from trainer.config import Progressing, Resume, RunConfig
 from trainer.config.plain import to_plain
 from trainer.data.loader import train_loader, validation_loader, worker_count
+from trainer.data.source import Source, Subset
 from trainer.distributed import World, open_world
 from trainer.ema import Ema
 from trainer.engine import Engine
@@ -27,7 +29,7 @@ from trainer.recorder import Recorder
 from trainer.rundir import RunDirectory, run_directory
 from trainer.signals import StopSignals, stop_error
 from trainer.state import TrainState, portrait
-from trainer.task import Batch, Task
+from trainer.task import Batch, ComparesWithTraining, Task
 from trainer.vote import StopVote
 from trainer.watchdog import Watchdog
 
@@ -96,9 +98,9 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
         seed=run.seed, reporter=recorder, poll=StopVote(world, signals.told).poll,
         step_size=None if run.loop.drop_last else data.order.step_size,
         describe_step=lambda step: describe(data, step), inspect=debug.gradient_norms if run.debug.anomaly else None,
+        decay=run.optimizer.decay_factor if run.optimizer.weight_decay_end is not None else None,
     )  # fmt: skip
-    batches, validation = loaders(run, data, task, world, state.step)
-    reason = engine.fit(batches, validation)
+    reason = engine.fit(*loaders(run, data, task, world, state.step))
     if writer:
         writer.wait()
     if reason:
@@ -128,7 +130,7 @@ def set_backends(run: RunConfig) -> None:
 
 
 def build_state(run: RunConfig, task: Task) -> TrainState:
-    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size)
+    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules())
     device = next(task.parameters()).device
     return TrainState(
         task=task,
@@ -170,8 +172,11 @@ def record_environment(directory: RunDirectory, data: Data, world: World, *, res
         logger.warning("%s; going on all the same. resume=never begins anew, beside this run", change)
 
 
-def loaders(run: RunConfig, data: Data, task: Task, world: World, step: int) -> tuple[Iterable[Batch], Iterable[Batch] | None]:
-    """Training micro-batches from optimizer step `step` on, and the validation set, if there is one."""
+def loaders(
+    run: RunConfig, data: Data, task: Task, world: World, step: int
+) -> tuple[Iterable[Batch], Iterable[Batch] | None, Iterable[Batch] | None]:
+    """Training micro-batches from optimizer step `step` on; the validation set, if there is one; and the training set as
+    validation sees it, where the task's evaluator compares with it."""
     cfg, classes = run.dataset, len(data.train.classes) or None
     workers = worker_count(cfg.num_workers, world.local_size, world.device)
     shared = {
@@ -180,12 +185,26 @@ def loaders(run: RunConfig, data: Data, task: Task, world: World, step: int) -> 
     augmentation = task.augmentation(train=True) or run.augmentation.build(cfg, train=not run.debug.overfit)
     batches = train_loader(data.train, augmentation, data.order, world, accumulate=run.loop.accumulate, start_step=step, **shared)
     if data.val is None or len(data.val) == 0:
-        return batches, None
-    validation = validation_loader(
-        data.val, task.augmentation(train=False) or run.augmentation.build(cfg, train=False), world, seed=run.seed,
-        batch_size=max(1, run.loop.batch_size // (world.size * run.loop.accumulate)), max_batches=run.loop.max_validation_batches, **shared,
-    )  # fmt: skip
-    return batches, validation
+        return batches, None, None
+    size = max(1, run.loop.batch_size // (world.size * run.loop.accumulate))
+
+    def once(source: Source, max_batches: int | None) -> Iterable[Batch]:
+        as_is = task.augmentation(train=False) or run.augmentation.build(cfg, train=False)
+        return validation_loader(source, as_is, world, seed=run.seed, batch_size=size, max_batches=max_batches, **shared)
+
+    validation = once(data.val, run.loop.max_validation_batches)
+    known = data.train
+    streamed = hasattr(known, "divide")  # read front to back, so that nobody can ask for some of it
+    if streamed or not isinstance(task.evaluator(), ComparesWithTraining):
+        return batches, validation, None
+    if run.loop.max_reference_images is not None and run.loop.max_reference_images < len(known):
+        known = Subset(known, spread(len(known), run.loop.max_reference_images))
+    return batches, validation, once(known, None)
+
+
+def spread(size: int, count: int) -> np.ndarray:
+    """`count` places, evenly over 0 … size - 1, [count] int64: folders are sorted by class, so the first would be of few."""
+    return np.arange(count, dtype=np.int64) * size // count
 
 
 def facts(directory: RunDirectory, data: Data, task: Task) -> dict[str, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from trainer.config.optimizer import ParamRule
     from trainer.data.augment import Augmentation
 
 Batch = dict[str, Any]
@@ -60,6 +61,24 @@ class Evaluator(Protocol):
     def compute(self) -> dict[str, float]: ...  # collective: every rank calls it, every rank gets the answer
 
 
+@runtime_checkable
+class ComparesWithTraining(Protocol):
+    """An evaluator that wants to see training images first, as nearest neighbours do: each once, without augmentation, in
+    shares of the ranks, before the first `update`. Where the data can only be streamed it sees none."""
+
+    def reference(self, batch: Batch) -> None: ...
+
+
+@runtime_checkable
+class Illustrates(Protocol):
+    """An evaluator with pictures of what it saw: {name: uint8 [3, H, W]}, written to `previews/`.
+
+    Asked on the main rank only, after `compute`, with the weights that were validated and in evaluation mode.
+    """
+
+    def pictures(self) -> Mapping[str, Tensor]: ...
+
+
 class Task(nn.Module, ABC):
     """An algorithm: the networks it owns, its loss, its evaluation.
 
@@ -87,6 +106,10 @@ class Task(nn.Module, ABC):
     def network(self) -> nn.Module:
         """What is exported and what `load_model` returns: by convention the submodule `model`."""
         return self.get_submodule("model")
+
+    def param_rules(self) -> Sequence[ParamRule]:
+        """The task's own learning rates and weight decays by parameter name; the user's `optimizer.rules` come first."""
+        return ()
 
     def compiled_parts(self) -> Sequence[nn.Module]:
         """What `loop.compile` compiles."""

@@ -22,6 +22,9 @@ class Rates(Protocol):
     def momentum(self, step: int) -> float | None: ...
 
 
+Clip = Callable[[list[nn.Parameter]], None]
+"""Bounds the gradients of these parameters, in place, without waiting for the device."""
+
 _check_and_scale: Callable[[list[Tensor], Tensor, Tensor], None] = torch._amp_foreach_non_finite_check_and_unscale_
 """Multiplies gradients in place by a scalar and raises a flag where one is not finite, in one pass over memory. It is
 what GradScaler runs on; private, so `tests/trainer/test_update.py` holds its behaviour fast."""
@@ -33,14 +36,20 @@ class Update:
     Make it when the optimizers have been restored: their groups hold the peak rates then, and are not replaced any more.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], schedule: Rates, scaler: GradScaler | None, max_grad_norm: float | None) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], schedule: Rates, scaler: GradScaler | None, max_grad_norm: float | None, *,
+        clip: Clip | None = None, decay: Callable[[int], float] | None = None,
+    ) -> None:  # fmt: skip
         self.optimizers = list(optimizers)
         self.schedule = schedule
         self.scaler = scaler
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = max_grad_norm  # of all gradients together; None where `clip` does it in another way, or nothing
+        self.clip = clip
+        self.decay = decay  # the weight decay's factor of a step; None = it stays
         self.groups: list[dict[str, Any]] = [g for o in self.optimizers for g in o.param_groups]
         self.parameters: list[nn.Parameter] = [p for g in self.groups for p in g["params"]]
         self.base_lrs: list[float] = [g["lr"] for g in self.groups]
+        self.base_decays: list[float] = [g.get("weight_decay", 0.0) for g in self.groups]
         # A fused optimizer takes the flag along and leaves weights and moments alone where it is raised.
         self.takes_flag = [bool(getattr(o, "_step_supports_amp_scaling", False)) and bool(o.defaults.get("fused")) for o in self.optimizers]
         self.cycles_momentum = schedule.momentum(0) is not None
@@ -48,10 +57,14 @@ class Update:
         self.one = torch.ones((), device=device)
 
     def set_rates(self, step: int) -> None:
-        """Write this step's learning rates, and momentum where the schedule cycles it, into the groups."""
+        """Write this step's learning rates into the groups, and momentum and weight decay where they move."""
         factor = self.schedule.factor(step)
         for group, base in zip(self.groups, self.base_lrs, strict=True):
             group["lr"] = base * factor
+        if self.decay is not None:
+            factor = self.decay(step)
+            for group, base in zip(self.groups, self.base_decays, strict=True):
+                group["weight_decay"] = base * factor
         if self.cycles_momentum:
             momentum = self.schedule.momentum(step)
             for group in self.groups:
@@ -71,7 +84,8 @@ class Update:
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if not grads:
             return self.one * 0, self.one * 0
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norms = torch._foreach_norm(grads)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if total is not None:
             norm = norm / total
         bad = torch.zeros_like(self.one)
@@ -83,6 +97,8 @@ class Update:
         else:
             # inf - inf and nan - nan are nan, and nan is not 0: two small kernels instead of a pass over the gradients.
             bad = (norm - norm).ne_(0)
+        if self.clip is not None:
+            self.clip([p for p in self.parameters if p.grad is not None])
         return norm, bad
 
     def step(self, bad: Tensor) -> None:
@@ -103,6 +119,44 @@ class Update:
     def drop_gradients(self) -> None:
         for p in self.parameters:
             p.grad = None
+
+
+def clip_each(threshold: float) -> Clip:
+    """Each parameter's gradient by its own L2 norm, as DINO does (arXiv:2104.14294, app. E)."""
+
+    def clip(parameters: list[nn.Parameter]) -> None:
+        grads = _gradients(parameters)
+        scales = [(threshold / (norm + 1e-6)).clamp_(max=1.0) for norm in torch._foreach_norm(grads)]
+        torch._foreach_mul_(grads, scales)
+
+    return clip
+
+
+def clip_values(threshold: float) -> Clip:
+    """Every entry of every gradient to [-threshold, threshold]."""
+
+    def clip(parameters: list[nn.Parameter]) -> None:
+        grads = _gradients(parameters)
+        torch._foreach_clamp_min_(grads, -threshold)
+        torch._foreach_clamp_max_(grads, threshold)
+
+    return clip
+
+
+def clip_adaptively(threshold: float, spared: Sequence[nn.Parameter] = ()) -> Clip:
+    """Each unit's gradient to `threshold` times the norm of its weights (arXiv:2102.06171, sec. 4.1), but for `spared`."""
+    from timm.utils.agc import adaptive_clip_grad
+
+    left_alone = {id(p) for p in spared}
+
+    def clip(parameters: list[nn.Parameter]) -> None:
+        adaptive_clip_grad([p for p in parameters if id(p) not in left_alone], clip_factor=threshold)
+
+    return clip
+
+
+def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
 
 
 class BufferGuard:

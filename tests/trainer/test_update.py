@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.update import BufferGuard, Update, _check_and_scale
+from trainer.config.optimizer import AdamW as AdamWConfig
+from trainer.update import BufferGuard, Update, _check_and_scale, clip_adaptively, clip_each, clip_values
 
 
 class Flat:
@@ -131,3 +132,52 @@ def test_rates_and_momentum_follow_the_schedule():
     update.set_rates(2)
     assert [g["lr"] for g in update.groups] == pytest.approx([0.25, 0.025, 0.5])
     assert adam.param_groups[0]["betas"] == pytest.approx((0.7, 0.999)) and sgd.param_groups[0]["momentum"] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 1e6])
+def test_each_parameters_own_norm_is_bounded(threshold):
+    ours, theirs = network(), network()
+    for net in (ours, theirs):
+        backward(net)
+    update = Update([torch.optim.SGD(ours.parameters(), lr=1.0)], Flat(), None, None, clip=clip_each(threshold))
+    _, bad = update.finish_gradients(None)
+    assert bad.item() == 0
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        nn.utils.clip_grad_norm_([b], threshold)
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_values_and_units_are_bounded_as_timm_bounds_them():
+    from timm.utils.clip_grad import dispatch_clip_grad
+
+    for mode, clip in (("value", clip_values(0.1)), ("agc", clip_adaptively(0.01))):
+        ours, theirs = network(), network()
+        for net in (ours, theirs):
+            backward(net)
+        before = [p.grad.clone() for p in ours.parameters() if p.grad is not None]
+        Update([torch.optim.SGD(ours.parameters(), lr=1.0)], Flat(), None, None, clip=clip).finish_gradients(None)
+        dispatch_clip_grad(theirs.parameters(), 0.1 if mode == "value" else 0.01, mode=mode)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        assert any(not torch.equal(p.grad, g) for p, g in zip(ours.parameters(), before, strict=True) if p.grad is not None)
+
+
+def test_adaptive_clipping_spares_the_classifier():
+    net = network()
+    backward(net)
+    before = [p.grad.clone() for p in net[3].parameters() if p.grad is not None]
+    clip_adaptively(1e-6, list(net[3].parameters()))(list(net.parameters()))
+    assert all(torch.equal(p.grad, g) for p, g in zip(net[3].parameters(), before, strict=True) if p.grad is not None)
+    assert float(net[0].weight.grad.norm()) < 1e-4  # type: ignore[union-attr]
+
+
+def test_weight_decay_follows_half_a_cosine_where_there_is_some():
+    net = network()
+    adam = torch.optim.AdamW([{"params": net[0].parameters(), "weight_decay": 0.04}, {"params": net[3].parameters(), "weight_decay": 0.0}])
+    cfg = AdamWConfig(lr=1.0, weight_decay=0.04, weight_decay_end=0.4)
+    update = Update([adam], Flat(), None, None, decay=lambda step: cfg.decay_factor(step / 100))
+    seen = []
+    for step in (0, 50, 100):
+        update.set_rates(step)
+        seen.append([g["weight_decay"] for g in update.groups])
+    assert [row[0] for row in seen] == pytest.approx([0.04, 0.22, 0.4]) and all(row[1] == 0 for row in seen)

@@ -33,7 +33,15 @@ class LoopConfig:
     drop_last: bool = setting(True, "drop an epoch's last short batch; false keeps and weights it")
     samples_per_epoch: int | None = setting(None, "images in a virtual epoch; null = the whole training set once", ge=1)
 
-    max_grad_norm: float | None = setting(None, "clip gradients to this global L2 norm; null = no clipping", gt=0)
+    max_grad_norm: float | None = setting(
+        None, "clip gradients to this norm, of the kind that loop.clip_mode says; null = no clipping", gt=0
+    )
+    clip_mode: str = setting(
+        "norm",
+        "norm: all gradients together by their L2 norm; parameter: each parameter's by its own; value: every entry; agc: each unit's in "
+        "proportion to its weights' norm (arXiv:2102.06171), all but the classifier's",
+        choices=["norm", "parameter", "value", "agc"],
+    )
     ema_decay: float | None = setting(
         None,
         "keep an exponential moving average of the weights with this decay per optimizer step (less in the first steps: (1 + step) / (10 + step)); validated and saved as the model",
@@ -65,6 +73,12 @@ class LoopConfig:
         1, "how many numbered checkpoints (epoch-0010.pt) to keep beside last and best; 0 = none", ge=0, identity=False
     )
     best_metric: str | None = setting(None, "validation metric that decides best.pt, as val/top1; null = the task's own")
+    max_reference_images: int | None = setting(
+        50_000, "training images that a validation by nearest neighbours or a linear probe compares with; null = all", ge=1
+    )
+    preview_every: int | None = setting(
+        1, "validations between two sets of pictures in previews/, where the task has some; null = none", ge=1, identity=False
+    )
     max_validation_batches: int | None = setting(None, "validate on this many batches at most; null = all", ge=1)
     max_hours: float | None = setting(
         None, "stop with a checkpoint (exit 75) after this many hours; null = no limit but SLURM's", gt=0, identity=False

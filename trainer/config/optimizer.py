@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ class OptimizerConfig:
 
     lr: float = setting(help="peak learning rate, at optimizer.base_batch_size where lr_scaling is on", gt=0)
     weight_decay: float = setting(help="weight decay", ge=0)
+    weight_decay_end: float | None = setting(
+        None, "weight decay at the end of the run, reached along half a cosine (arXiv:2104.14294, app. E); null = it stays", ge=0
+    )
     lr_scaling: LrScaling = setting(
         LrScaling.none, "none: lr as given; linear, sqrt: scaled by loop.batch_size / optimizer.base_batch_size"
     )
@@ -61,8 +65,19 @@ class OptimizerConfig:
         ratio = batch_size / self.base_batch_size
         return self.lr * {LrScaling.none: 1.0, LrScaling.linear: ratio, LrScaling.sqrt: ratio**0.5}[self.lr_scaling]
 
+    def decay_factor(self, fraction: float) -> float:
+        """What the weight decay is multiplied with when `fraction` of the run is over."""
+        if self.weight_decay_end is None:
+            return 1.0
+        end = self.weight_decay_end / self.weight_decay
+        return end + (1 - end) * (1 + math.cos(math.pi * fraction)) / 2
+
     def problems(self) -> Iterator[Problem]:
         import re
+
+        if self.weight_decay_end is not None and self.weight_decay == 0:
+            reason = "optimizer.weight_decay=0, and nothing grows out of zero by a factor"
+            yield Problem("optimizer.weight_decay_end", self.weight_decay_end, reason, "optimizer.weight_decay=1e-4")
 
         for i, pattern in enumerate([*self.no_decay, *(r.pattern for r in self.rules)]):
             key = f"optimizer.no_decay[{i}]" if i < len(self.no_decay) else f"optimizer.rules[{i - len(self.no_decay)}].pattern"

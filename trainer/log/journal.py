@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.logger import WandbMode
 from trainer.config.run import RunConfig
 from trainer.errors import Interrupted, Stopped
+from trainer.log.gallery import Gallery
 from trainer.log.plots import Plotter
 from trainer.log.record import Record, rows_after
 from trainer.log.relay import Relay
@@ -25,6 +26,7 @@ from trainer.log.totals import Kinds, Totals
 from trainer.log.wandb_sink import WandbSink, choose_id, end_service, how_to_sync
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class Journal:
         self.started = time.monotonic()
         self.watcher: Relay | None = None  # the W&B sink, where it is to watch the model
         self.plotter: Plotter | None = None
+        self.gallery = Gallery(directory / "previews", self.images)
         self.closed = False
 
     def write(self, step: int, epoch: float, samples: int, scalars: Mapping[str, float]) -> None:
@@ -143,6 +146,11 @@ class Journal:
             for relay in self.relays:
                 relay.send(lambda sink: sink.images(step, paths))
 
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Write pictures, {name: uint8 [H, W, 3]}, to previews/ and show them to the sinks, in the background."""
+        if not self.silent:
+            self.gallery.add(step, pictures)
+
     def seconds(self) -> float:
         """Since the run began, over all its starts."""
         return round(self.before + time.monotonic() - self.started, 3)
@@ -161,6 +169,7 @@ class Journal:
         if self.silent or self.closed:
             return
         self.closed = True
+        self.gallery.close()
         now = time.monotonic()
         for relay in self.relays:
             relay.finish(state)
