@@ -222,9 +222,6 @@ def mit_pyramid(cfg: MitModel, strides: Sequence[int], *, in_channels: int) -> P
     if cfg.fusion is not None:
         from trainer.fusion import FusedPyramid
 
-        if in_channels <= 3:
-            reason = f"the images have {in_channels} channels: there are none beside red, green and blue for the second encoder"
-            raise ConfigError(Problem("model.fusion", cfg.fusion, reason, "model.fusion=null"))
         return FusedPyramid(*VARIANTS[cfg.name], strides, in_channels=in_channels, drop_path_rate=cfg.drop_path_rate)
     net = MixTransformer(*VARIANTS[cfg.name], in_channels=in_channels, drop_path_rate=cfg.drop_path_rate)
     return MitPyramid(net, strides)

@@ -39,7 +39,7 @@ class DetectionConfig(TaskConfig):
         choices=list(STRIDES),
     )
     width: int | None = setting(
-        None, "channels of the feature pyramid and of convolutional heads; null = 256, and 64 where images have at most 160 pixels a side", ge=32
+        None, "channels of the feature pyramid and of convolutional heads, a quarter of those of the box head; null = 256, and 64 where images have at most 160 pixels a side", ge=32
     )
     roi_samples: int | None = setting(
         None, "faster_rcnn: proposals per image the box head learns from; null = 512, and in proportion to the area of images below 512 pixels, at least 64", ge=1

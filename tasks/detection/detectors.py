@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, RPNHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead, TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
@@ -89,11 +89,15 @@ def faster_rcnn(cfg: DetectionConfig, backbone: Backbone, num_classes: int, imag
         "box_nms_thresh": cfg.nms_threshold,
         "box_detections_per_img": cfg.max_detections,
     }
+    width = backbone.out_channels
+    hidden = 4 * width  # torchvision's 1024 at the usual 256
     if cfg.detector == "faster_rcnn_v2":
-        width = backbone.out_channels
         arguments["rpn_head"] = RPNHead(width, len(RATIOS), conv_depth=2)
-        arguments["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [1024], norm_layer=nn.BatchNorm2d)
-    return FasterRCNN(backbone, num_classes + 1, **arguments, **cfg.args)  # class 0 is the background
+        arguments["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [hidden], norm_layer=nn.BatchNorm2d)
+    else:
+        arguments["box_head"] = TwoMLPHead(width * 7 * 7, hidden)
+    arguments["box_predictor"] = FastRCNNPredictor(hidden, num_classes + 1)  # class 0 is the background
+    return FasterRCNN(backbone, **arguments, **cfg.args)
 
 
 def retinanet(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> RetinaNet:

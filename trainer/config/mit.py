@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from trainer.config.fields import schema, setting
 from trainer.config.model import ModelConfig
 from trainer.config.names import nearest
-from trainer.errors import Problem
+from trainer.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +45,8 @@ class MitModel(ModelConfig):
     def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
         from trainer.mit import MixTransformer
 
+        if self.fusion is not None:
+            raise ConfigError(Problem("model.fusion", self.fusion, "two streams end in maps, not in classes", "model.fusion=null"))
         return MixTransformer(
             *VARIANTS[self.name], in_channels=self.in_channels or in_channels, num_classes=num_classes,
             drop_rate=self.drop_rate, drop_path_rate=self.drop_path_rate,
@@ -54,6 +56,12 @@ class MitModel(ModelConfig):
         from trainer.mit import mit_pyramid
 
         return mit_pyramid(self, strides, in_channels=self.in_channels or in_channels)
+
+    def channel_problems(self, channels: int) -> Iterator[Problem]:
+        yield from super().channel_problems(channels)
+        if self.fusion and channels <= 3:
+            reason = f"the images have {channels} channels: none beside red, green and blue for the second encoder"
+            yield Problem("model.fusion", self.fusion, reason, "model.fusion=null, or dataset=multispectral")
 
     def problems(self, at: str, image_size: int) -> Iterator[Problem]:
         yield from super().problems(at, image_size)
@@ -66,5 +74,3 @@ class MitModel(ModelConfig):
             yield Problem(f"{at}.patch_size", self.patch_size, "a mix transformer's patches are its own", f"{at}.patch_size=null")
         if self.args:
             yield Problem(f"{at}.args", self.args, "a mix transformer takes no further arguments", f"{at}.args={{}}")
-        if self.fusion and self.in_channels is not None and self.in_channels <= 3:
-            yield Problem(f"{at}.fusion", self.fusion, "there are no channels beside red, green and blue", f"{at}.fusion=null")

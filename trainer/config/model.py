@@ -49,6 +49,11 @@ class ModelConfig:
         """The network without its head, as maps of these strides (for tasks that ask for a "pyramid")."""
         raise NotImplementedError
 
+    def channel_problems(self, channels: int) -> Iterator[Problem]:
+        """What cannot work with images of this many channels."""
+        if self.in_channels is not None and self.in_channels != channels:
+            yield Problem("model.in_channels", self.in_channels, f"the images have {channels} channels", f"model.in_channels={channels}")
+
     def problems(self, at: str, image_size: int) -> Iterator[Problem]:
         multiple = self.input_multiple
         if multiple and image_size % multiple:
