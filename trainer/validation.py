@@ -190,9 +190,7 @@ def channels(run: RunConfig, facts: Facts) -> Iterator[Problem]:
             yield Problem(
                 f"dataset.{name}", values, f"needs a value for each of the {facts.channels} channels", f"dataset.{name}=[{example}]"
             )
-    expected = run.model.in_channels
-    if expected is not None and expected != facts.channels:
-        yield Problem("model.in_channels", expected, f"the images have {facts.channels} channels", f"model.in_channels={facts.channels}")
+    yield from run.model.channel_problems(facts.channels)
 
 
 def readers(run: RunConfig, facts: Facts) -> Iterator[Problem]:
