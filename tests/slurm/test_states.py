@@ -54,7 +54,7 @@ def submit(manifest: Manifest) -> list[str]:
 
 def how(manifest: Manifest) -> list[str]:
     manifest = Manifest.load(manifest.path)
-    return [state.state for state in states(manifest, cluster.ask([job.job_id for job in manifest.jobs]))]
+    return [state.state for state in states(manifest, cluster.words([job.job_id for job in manifest.jobs]))]
 
 
 def path(manifest: Manifest, index: int = 0) -> Path:
