@@ -33,7 +33,7 @@ LAYERS = (
     {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
     {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug", "parts"},
     {"engine"},
-    {"build", "feeds", "stages", "lr_finder", "recorder", "run"},
+    {"build", "feeds", "stages", "lr_finder", "batch_finder", "recorder", "run"},
     {"launch", "__main__"},
 )
 """trainer/ from the bottom up. A module imports from its own layer and those below; packages count as a whole."""
