@@ -22,7 +22,7 @@ VIT = [*MODELS["vit"], "dataset.num_workers=0", "loop.epochs=1"]
     ("network", "kind", "count"),
     [
         (lambda: timm.create_model("test_vit"), "Block", 6),
-        (lambda: timm.create_model("test_convnext"), "ConvNeXtBlock", 4),
+        (lambda: timm.create_model("convnext_atto"), "ConvNeXtBlock", 12),
         (lambda: timm.create_model("resnet18"), "BasicBlock", 8),
         (lambda: torchvision.models.resnet18(), "BasicBlock", 8),
     ],
