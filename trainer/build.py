@@ -143,6 +143,8 @@ def build_average(run: RunConfig, data: Data, task: Task, epochs: float | None =
 def best_metric(run: RunConfig, task: Task) -> tuple[str, bool]:
     """The metric that decides `best`, and whether more of it is better."""
     metric = run.loop.best_metric or task.main_metric
+    if run.loop.best_mode is not None:
+        return metric, run.loop.best_mode == "max"
     if metric == task.main_metric:
         return metric, task.higher_is_better
     lower = ("loss", "error", "nmse", "entropy", "seconds")

@@ -23,7 +23,7 @@ from trainer.distributed import World
 from trainer.errors import Diverged
 from trainer.random import fold, mix
 from trainer.state import TrainState
-from trainer.task import Batch, ComparesWithTraining, Illustrates, Progress, StepOutput, Task
+from trainer.task import Batch, ComparesWithTraining, Evaluator, Illustrates, Progress, StepOutput, Task
 from trainer.update import BufferGuard, Clip, Rates, Update, clip_adaptively, clip_each, clip_values
 
 logger = logging.getLogger(__name__)
@@ -231,11 +231,16 @@ class Engine:
         return batch
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], *, illustrate: bool = False) -> dict[str, float] | None:
-        """One validation pass, with the averaged weights where there are some. Collective. None if the ranks stopped in it."""
+    def evaluate(
+        self, batches: Iterable[Batch], *, illustrate: bool = False, evaluator: Evaluator | None = None
+    ) -> dict[str, float] | None:
+        """One validation pass, with the averaged weights where there are some. Collective. None if the ranks stopped in it.
+
+        `evaluator` is a fresh one of the task's, for who wants to ask it for more than scores.
+        """
         task = self.state.task
         task.eval()
-        evaluator = task.evaluator()
+        evaluator = evaluator or task.evaluator()
         reseed(mix(self.seed))
         # DDP gives all ranks the main rank's batch statistics, but only as the next step begins; a checkpoint holds the main rank's.
         self.world.align([live for live, _ in self.guard.blocks] + (self.state.ema.buffers if self.state.ema else []))

@@ -36,10 +36,14 @@ NORMS = (
 )
 
 
-def parameter_groups(module: nn.Module, cfg: OptimizerConfig, batch_size: int, own_rules: Sequence[ParamRule] = ()) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, cfg: OptimizerConfig, batch_size: int, own_rules: Sequence[ParamRule] = (), total_steps: int = 1
+) -> list[dict[str, Any]]:
     """Groups of {params, lr, weight_decay} over everything in `module` that trains; parameters of equal rates share one.
 
-    `own_rules` are the module's own, for what no rule of the config matches. A rule with lr_factor 0 freezes: it takes requires_grad away, so call this before wrapping the module in DDP.
+    `own_rules` are the module's own, for what no rule of the config matches. `total_steps` is the length of the run, which a
+    normalised weight decay depends on. A rule with lr_factor 0 freezes: it takes requires_grad away, so call this before
+    wrapping the module in DDP.
     """
     rules = _match_rules(module, cfg)
     for name, _ in module.named_parameters():
@@ -61,6 +65,7 @@ def parameter_groups(module: nn.Module, cfg: OptimizerConfig, batch_size: int, o
         weight_decay = rule.weight_decay
         if weight_decay is None:
             weight_decay = 0.0 if name in spared else cfg.weight_decay
+        weight_decay = cfg.scaled_weight_decay(weight_decay, total_steps)
         group = groups.setdefault((lr, weight_decay), {"params": [], "lr": lr, "weight_decay": weight_decay})
         group["params"].append(parameter)
     if not groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from trainer.engine import Engine, Periods
 from trainer.environment import changes, write_environment
 from trainer.errors import ConfigError, Interrupted, Problem, TrainyardError
 from trainer.feeds import close, describe, loaders
+from trainer.lock import Busy
 from trainer.log import Display, Journal, open_display, open_journal, open_log, show_facts, show_result
 from trainer.recorder import Recorder
 from trainer.rundir import RunDirectory, run_directory
@@ -52,6 +54,8 @@ def train(run: RunConfig, directory: RunDirectory | None = None) -> dict[str, An
         if world.is_main:
             stack.enter_context(directory.claim())
         world.barrier()  # nobody reads a checkpoint before the directory is ours
+        for needed in run.task.prerequisites(run):
+            finish_first(needed, world, signals)
         stack.enter_context(open_log(directory.path, world.rank))
         with known_errors(run, world):
             return _train(run, directory, world, signals, stack)
@@ -184,6 +188,36 @@ def recorder_of(
         stage.run, directory, state, periods, world, journal, display, writer, labels=stage.labels,
         portrait=portrait(to_plain(stage.portrait()), stage.data.info()), metric=metric, higher_is_better=higher_is_better, heartbeat=heartbeat,
     )  # fmt: skip
+
+
+def finish_first(run: RunConfig, world: World, signals: StopSignals) -> None:
+    """Train what another run needs, if that has not been done; where another process is at it, wait for its end."""
+    directory = RunDirectory(run_directory(run))
+    while True:
+        with ExitStack() as stack:
+            place = world.broadcast(_place(directory, stack) if world.is_main else None)
+            if place == "ours":
+                if world.is_main:
+                    print(f"needed first, and kept for other runs: {directory}")
+                stack.enter_context(open_log(directory.path, world.rank))
+                with known_errors(run, world):
+                    _train(run, directory, world, signals, stack)
+            if place != "busy":
+                return
+        if reason := max(world.gather(int(signals.told()))):
+            raise stop_error(reason)
+        time.sleep(1.0)
+
+
+def _place(directory: RunDirectory, stack: ExitStack) -> str:
+    """finished, busy or ours; and if ours, claimed."""
+    if directory.is_finished():
+        return "finished"
+    try:
+        stack.enter_context(directory.claim())
+    except Busy:
+        return "busy"
+    return "finished" if directory.is_finished() else "ours"
 
 
 def set_backends(run: RunConfig) -> None:

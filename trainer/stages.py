@@ -120,11 +120,11 @@ def begin(stage: Stage, world: World) -> TrainState:
 def fresh_state(stage: Stage, task: Task) -> TrainState:
     """The state of a stage whose task has not been trained in it yet."""
     epochs = stage.whole.loop.num_epochs if stage.labels else None
-    return build_state(stage.run, task, build_average(stage.run, stage.data, task, epochs))
+    return build_state(stage.run, task, build_average(stage.run, stage.data, task, epochs), stage.data.total_steps)
 
 
-def build_state(run: RunConfig, task: Task, average: Ema | None = None) -> TrainState:
-    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules())
+def build_state(run: RunConfig, task: Task, average: Ema | None = None, total_steps: int = 1) -> TrainState:
+    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules(), total_steps)
     device = next(task.parameters()).device
     return TrainState(
         task=task,

@@ -95,8 +95,10 @@ def network_name(task: Task) -> str | None:
 
 
 def load_strictly(task: Task, weights: Mapping[str, Tensor], hidden: tuple[str, ...]) -> None:
-    """Load every weight; only those under `hidden` prefixes, which are rebuilt and not saved, may be missing."""
+    """Load every weight. Those under `hidden` prefixes are rebuilt, not saved: they may be missing, and saved ones are left out."""
     own = task.state_dict()
+    if hidden:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(hidden)}
     missing = [name for name in own if name not in weights and not (hidden and name.startswith(hidden))]
     unknown = [name for name in weights if name not in own]
     shapes = [

@@ -30,15 +30,16 @@ def validate(run: RunConfig) -> None:
         raise ConfigError(*problems)
 
 
-def problems_of(run: RunConfig) -> Iterator[Problem]:
-    """Every problem of the run: of its fields, of its parts, and between them."""
+def problems_of(run: RunConfig, *, trains: bool = True) -> Iterator[Problem]:
+    """Every problem of the run: of its fields, of its parts, and between them. `trains=False`: it only looks at data."""
     bad_fields = list(field_problems(run))
     yield from bad_fields
     if any(p.value == MISSING for p in bad_fields):
         return  # a rule would meet "???" where it expects a number
     facts, bad_data = _facts(run)
     yield from bad_data
-    for rule in RULES if facts is None else (*RULES, *RULES_ON_DATA):
+    rules = RULES if facts is None else (*RULES, *RULES_ON_DATA)
+    for rule in rules if trains else (rule for rule in rules if rule not in RULES_OF_TRAINING):
         # A value out of its range has been told; that a rule stumbles over it is no news.
         with suppress(*([Exception] if bad_fields else [])):
             yield from rule(run, facts or Facts())
@@ -189,9 +190,7 @@ def channels(run: RunConfig, facts: Facts) -> Iterator[Problem]:
             yield Problem(
                 f"dataset.{name}", values, f"needs a value for each of the {facts.channels} channels", f"dataset.{name}=[{example}]"
             )
-    expected = run.model.in_channels
-    if expected is not None and expected != facts.channels:
-        yield Problem("model.in_channels", expected, f"the images have {facts.channels} channels", f"model.in_channels={facts.channels}")
+    yield from run.model.channel_problems(facts.channels)
 
 
 def readers(run: RunConfig, facts: Facts) -> Iterator[Problem]:
@@ -246,6 +245,10 @@ def _length(run: RunConfig, num_train: int) -> Iterator[Problem]:
 
 
 RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
+
+
+RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, readers, length)
+"""What is of no matter to a run whose weights are there already."""
 
 
 def steps_per_epoch(run: RunConfig, num_train: int) -> int:

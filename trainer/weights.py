@@ -95,6 +95,20 @@ def load_weights(task: Task, source: str, *, classes: Sequence[str] | None = Non
     return account
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, whoever has written it: bare, or inside a checkpoint.
+
+    Raises:
+        ConfigError: it is none, or cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    try:
+        return {clean(name): tensor for name, tensor in _from_checkpoint(str(path), load(path)).weights.items()}
+    except CheckpointError as error:
+        raise ConfigError(Problem("file", path, error.why)) from error
+
+
 def fill(module: nn.Module, source: Source, classes: Sequence[str] | None = None) -> Account:
     """Copy what fits into `module`."""
     target = module.state_dict()

@@ -33,12 +33,17 @@ class ClassificationConfig(TaskConfig):
         None, "targets above this count as 1, the others as 0 (only with loss=bce); mixed images then are of both classes; null = soft targets", ge=0, lt=1
     )  # fmt: skip
     bce_sum: bool = setting(False, "sum the binary losses over the classes instead of taking their mean: C times the gradient")
+    tta: str = setting(
+        "none",
+        "test-time augmentation: validate and predict by the mean probability of several views of an image. flip: it and its mirror image; crops: both of the whole image, and of its corners and centre at 8/7 of their size",
+        choices=["none", "flip", "crops"],
+    )
 
     def build(self, run: RunConfig, data: DataInfo) -> Classification:
         from tasks.classification.task import Classification
 
         model = run.model.build(num_classes=len(data.classes), image_size=run.dataset.image_size, in_channels=data.channels)
-        return Classification(model, self, num_classes=len(data.classes))
+        return Classification(model, self, data.classes)
 
     def problems(self, run: RunConfig) -> Iterator[Problem]:
         if self.loss != "bce":

@@ -64,7 +64,9 @@ class Display:
 
     def validated(self, step: int, epoch: float, scores: Mapping[str, float], *, is_best: bool = False) -> None:
         if not self.silent:
-            words = [f"{name.removeprefix('val/')} {show(name, value)}" for name, value in scores.items() if name != "val/seconds"]
+            # What has a name of two levels, as one score per class, is for the table at the end.
+            told = {name: value for name, value in scores.items() if name != "val/seconds" and name.count("/") < 2}
+            words = [f"{name.removeprefix('val/')} {show(name, value)}" for name, value in told.items()]
             best = ["(best)"] if is_best else []
             self.say_score(
                 "  ".join([f"epoch {whole(epoch):>{len(whole(self.epochs))}}/{whole(self.epochs)}", "validation", *words, *best])
