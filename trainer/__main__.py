@@ -16,10 +16,17 @@ from trainer.launch.door import guarded
 VERBS = {  # verb -> (module:function, what it does)
     "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),
     "validate": ("trainer.launch.check:main", "OVERRIDES: everything that is wrong with a run, without starting it"),
-    "status": ("trainer.sweep.status:main", "PATH ...: how the jobs of a sweep are doing, live: state, step, time left, metric, why it failed"),
+    "status": (
+        "trainer.sweep.status:main",
+        "PATH ...: how the jobs of a sweep are doing, live: state, step, time left, metric, why it failed",
+    ),
     "report": ("trainer.sweep.report:main", "PATH ...: the table over seeds of a sweep or of any runs: report.{md,csv,tex,json,html}"),
     "diff": ("trainer.sweep.diff:main", "A B: what differs between two runs: configuration, code, environment, metrics"),
-    "reproduce": ("trainer.sweep.reproduce:main", "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first"),
+    "reproduce": (
+        "trainer.sweep.reproduce:main",
+        "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first",
+    ),
+    "sync": ("trainer.sweep.sync:main", "[PATH ...]: upload to W&B what it could not be told while the runs went"),
     "shards": ("trainer.data.shards.verbs:shards", "index DIR | pack SRC DST: look through shards, or make them"),
     "split": ("trainer.data.shards.verbs:split", "DIR --val 0.1 --seed 0: divide a folder of classes into train/ and val/"),
     "plot-lr": (

@@ -25,11 +25,6 @@ def dispatch(run: RunConfig) -> int:
         if here.is_main:
             report_finished(directory, run)
         return 0
-    return run_in(run, directory)
-
-
-def run_in(run: RunConfig, directory: RunDirectory) -> int:
-    """Run in this directory, in this process or as ranks on this host, whatever the config's own place would be."""
     count = ranks_to_start(run.distributed)
     return _train(run, directory) if count == 1 else _start_ranks(run, directory, count)
 

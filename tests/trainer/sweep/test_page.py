@@ -37,8 +37,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a sweep with a failed and a missing seed, and pictures of its first run."""
     home = make_sweep(tmp_path_factory.mktemp("page"), ARMS, states={FAILED: "failed", MISSING: "missing"})
     first = home.parents[3] / json.loads((home / "manifest.json").read_text())["jobs"][0]["directory"]
-    for name in ("plots/loss.png", "previews/parts-20.png", "previews/parts-110.png"):
-        (first / name).parent.mkdir(exist_ok=True)
+    for name in ("plots/loss.png", "previews/step-0000020/parts.png", "previews/step-0000110/parts.png"):
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 30), "teal").save(first / name)
     write(judge(find([home])), home)
     return home / "report.html"
@@ -113,8 +113,8 @@ def test_everything_in_it_can_be_used(browser: str, page: Path, tmp_path: Path) 
     assert told["tip"].startswith("epoch ") and told["tip"].count("±") >= 5
     assert {label.split("lr=")[1] for label in told["brushed"]} == {"0.003"} and told["released"] == 6
     assert told["legendAfter"] == 5
-    assert [link for link in told["links"] if link.endswith("/previews/parts-110.png")] and not [
-        link for link in told["links"] if "parts-20" in link
+    assert [link for link in told["links"] if link.endswith("/previews/step-0000110/parts.png")] and not [
+        link for link in told["links"] if "step-0000020" in link
     ]
     for link in told["links"]:
         assert (page.parent / link).exists(), link
