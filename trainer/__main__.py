@@ -27,6 +27,9 @@ VERBS = {  # verb -> (module:function, what it does)
         "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first",
     ),
     "sync": ("trainer.sweep.sync:main", "[PATH ...]: upload to W&B what it could not be told while the runs went"),
+    "resume": ("trainer.sweep.verbs:resume", "DIR [JOB ...]: start what is left of a sweep, or go on with a run"),
+    "retry": ("trainer.sweep.verbs:retry", "SWEEP [JOB ...]: start again what failed, as the cause allows"),
+    "cancel": ("trainer.sweep.verbs:cancel", "DIR [JOB ...]: stop queued and running jobs of a sweep, or a run"),
     "shards": ("trainer.data.shards.verbs:shards", "index DIR | pack SRC DST: look through shards, or make them"),
     "split": ("trainer.data.shards.verbs:split", "DIR --val 0.1 --seed 0: divide a folder of classes into train/ and val/"),
     "plot-lr": (

@@ -21,7 +21,11 @@ _STATES = {
 
 def ask(job_ids: Sequence[str | None]) -> dict[str, str]:
     """Our word for the state of each job that SLURM knows: squeue first, sacct for what has left the queue."""
-    return {job: _STATES.get(word, "failed") for job, word in words(job_ids).items()}
+    return {job: in_our_words(word) for job, word in words(job_ids).items()}
+
+
+def in_our_words(word: str) -> str:
+    return _STATES.get(word, "failed")
 
 
 def words(job_ids: Sequence[str | None]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.sweep.manifest import Job, Manifest, counts, driving, states
+from trainer.sweep.pool import Pool, Slot, slots_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = "code"  # in a sweep's directory: the working tree as it was
@@ -30,15 +31,10 @@ def drive(manifest: Manifest, jobs: Sequence[Job], *, wait: bool | None = None) 
         return watch(manifest) if wait else 0
     if not wait:
         return _detach(manifest)
-    from trainer.sweep.pool import Pool, slots_for
-
     with driving(manifest.path):
         settings = manifest.settings
         slots = slots_for(settings, len(jobs))
-        shares = {str(len(slot.gpus)) + " GPU" if slot.gpus else f"cores {_span(slot.cores)}" for slot in slots if slot.cores or slot.gpus}
-        print(
-            f"{len(jobs)} jobs, {len(slots)} at a time{', each with ' if len(shares) == 1 else ''}{shares.pop() if len(shares) == 1 else ''}"
-        )
+        print(f"{len(jobs)} jobs, {len(slots)} at a time{_share(slots[0])}", flush=True)
         pool = Pool(
             manifest,
             slots,
@@ -55,8 +51,10 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _span(cores: Sequence[int]) -> str:
-    return f"{cores[0]}-{cores[-1]}" if len(cores) > 1 else str(cores[0])
+def _share(slot: Slot) -> str:
+    if slot.gpus:
+        return f", each on {len(slot.gpus)} GPU{'s' if len(slot.gpus) > 1 else ''}"
+    return f", each on {len(slot.cores)} core{'s' if len(slot.cores) > 1 else ''}" if slot.cores else ""
 
 
 def _detach(manifest: Manifest) -> int:

@@ -241,6 +241,8 @@ def state_of(job: Job, directory: RunDirectory, cluster: Mapping[str, str] | Non
         if at_slurm in STATES and job.state in ("queued", "running"):
             return State(at_slurm, job.reason or (f"SLURM says {at_slurm}" if at_slurm not in OPEN else None), **numbers)
         return State("queued" if job.state in ("running", "completed") else job.state, job.reason or status.get("reason"), **numbers)
+    if at_slurm == "cancelled" and said in ("preempted", "interrupted"):  # stopped in good order, by scancel
+        return State("cancelled", status.get("reason"), **numbers)
     if job.state in ("held", "cancelled") and said in ("failed", "interrupted", "preempted"):
         return State(job.state, job.reason or status.get("reason"), **numbers)
     return State(str(said), status.get("reason"), **numbers)

@@ -59,9 +59,17 @@ class Pool:
     """Runs jobs of a manifest to their ends. `say` gets a line for everything that happens."""
 
     def __init__(
-        self, manifest: Manifest, slots: Sequence[Slot], *, canary_steps: int = 0, code: Path = _ROOT, say: Callable[[str], None] = print
+        self,
+        manifest: Manifest,
+        slots: Sequence[Slot],
+        *,
+        canary_steps: int = 0,
+        code: Path = _ROOT,
+        say: Callable[[str], None] = print,
+        server: Sequence[str] = ("-m", "trainer.sweep.server"),
     ) -> None:
-        self.manifest, self.slots, self.code, self.say = manifest, deque(slots), code, say
+        """`code`: the folder whose code jobs run; `server`: Python's arguments that start the process which forks them."""
+        self.manifest, self.slots, self.code, self.say, self.server = manifest, deque(slots), code, say, server
         self.canary_steps = canary_steps  # 0: no canary
         self.queue: deque[Job] = deque()
         self.running: dict[int, Running] = {}  # by index
@@ -139,7 +147,7 @@ class Pool:
         paths = [str(self.code)] if str(self.code) not in site.getsitepackages() else []
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "trainer.sweep.server", str(theirs.fileno())],
+            [sys.executable, "-P", *self.server, str(theirs.fileno())],
             pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
             cwd=self.manifest.cwd if os.path.isdir(self.manifest.cwd) else None,
         )  # fmt: skip

@@ -15,29 +15,30 @@ import selectors
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
+
+from trainer.rundir import RunDirectory
+from trainer.surroundings import end_with_parent
 
 PRELOADED = ("tasks", "trainer.run", "trainer.launch.door", "trainer.launch.dispatch", "timm")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def main(argv: list[str]) -> int:
-    """Serve until the other end of the socket closes."""
-    from trainer.surroundings import end_with_parent
-
+def main(argv: list[str], preloaded: Sequence[str] = PRELOADED, be: Callable[[RunDirectory], int] | None = None) -> int:
+    """Serve until the other end of the socket closes. `be` runs one job, in its process; the default is to train."""
     end_with_parent()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # they are for the jobs
     with socket.socket(fileno=int(argv[0])) as line:
-        for module in PRELOADED:
+        for module in preloaded:
             import_module(module)
         _say(line, {"ready": os.getpid()})
         request = _serve(line)
         if request is None:
             return 0
-    return _be(request)  # in a child
+    return _be(request, be)  # in a child
 
 
 def _serve(line: socket.socket) -> dict[str, Any] | None:
@@ -71,13 +72,8 @@ def _say(line: socket.socket, message: Mapping[str, Any]) -> None:
     line.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _be(request: Mapping[str, Any]) -> int:
+def _be(request: Mapping[str, Any], be: Callable[[RunDirectory], int] | None) -> int:
     """One job, in a session of its own: a signal to its group reaches its data workers and ranks, and nobody else."""
-    from trainer.launch.dispatch import go_on
-    from trainer.launch.door import guarded
-    from trainer.rundir import RunDirectory
-    from trainer.surroundings import end_with_parent
-
     os.setsid()
     end_with_parent(signal.SIGTERM)  # leaves the time for a checkpoint
     if os.getppid() != request["parent"]:
@@ -90,6 +86,11 @@ def _be(request: Mapping[str, Any]) -> int:
     os.environ.update(request["environment"])
     if request["cores"]:
         os.sched_setaffinity(0, request["cores"])
+    if be is not None:
+        return be(RunDirectory(request["directory"]))
+    from trainer.launch.dispatch import go_on
+    from trainer.launch.door import guarded
+
     return guarded(lambda: go_on(RunDirectory(request["directory"])))
 
 
