@@ -211,4 +211,3 @@ def test_a_job_gets_its_slot(sweep):
     pool = Pool(manifest, [Slot((core,), ("3",))], say=lambda text: None, server=SERVER)
     assert pool.run(manifest.jobs) == 0
     assert (manifest.directory(manifest.jobs[0]).path / light.CORES).read_text() == f"[{core}] 3"
-
