@@ -167,7 +167,7 @@ def expand(lines: Sequence[str], composer: Composer) -> tuple[list[str], list[li
 
 
 def _values(line: str, composer: Composer, problems: list[Problem]) -> list[str]:
-    override = OverridesParser.create(config_loader=composer.loader).parse_override(line)
+    (override,) = OverridesParser.create(config_loader=composer.loader).parse_overrides([line])
     key = override.get_key_element()
     if not override.is_discrete_sweep():
         kind = str(override.get_value_string())
