@@ -25,6 +25,7 @@ from trainer.config.fields import as_override
 from trainer.config.launcher import LAUNCHERS, LauncherConfig, SlurmLauncherConfig
 from trainer.errors import ConfigError, Problem
 from trainer.launch.compose import Composed, Composer, apply_to, checked, parse_line
+from trainer.launch.draw import drawn
 from trainer.launch.resolve import to_object
 from trainer.launch.resources import resources_for
 from trainer.rundir import run_directory
@@ -67,6 +68,7 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
     """
     with Composer(config_dir) as composer:
         own, lines = _partition(overrides)
+        lines, rows = drawn(lines, OverridesParser.create(config_loader=composer.loader))
         first = composer.compose([line for line in lines if not is_sweep(line)])
         chosen = first.hydra.runtime.choices
         if chosen["hydra/launcher"] not in LAUNCHERS or chosen["hydra/sweeper"] != "basic":
@@ -77,6 +79,7 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
         assert isinstance(params, dict)
         given = {parse_key(line) for line in lines}
         base, swept = expand([*(f"{key}={value}" for key, value in params.items() if key not in given), *lines], composer)
+        swept = [[*row, *job] for row in rows for job in swept]
         jobs, found = _checked_jobs(composer, base, swept, settings)
         problems += found
         run, _ = checked(composer.compose(base)) if base or not jobs else (jobs[0].run, [])
@@ -171,7 +174,7 @@ def _values(line: str, composer: Composer, problems: list[Problem]) -> list[str]
     key = override.get_key_element()
     if not override.is_discrete_sweep():
         kind = str(override.get_value_string())
-        problems.append(Problem(key, kind, "is a range to be searched, which hydra/sweeper=basic cannot", f"{key}=<value>,<value>"))
+        problems.append(Problem(key, kind, "is a range to be searched: say how many jobs are to be drawn", "+sweep.random=20"))
         return []
     values = [f"{key}={value}" for value in override.sweep_string_iterator()]
     if not values:
