@@ -14,15 +14,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LAYERS = (
-    {"errors"},
-    {"config", "random", "schedule", "task", "files", "surroundings", "identity", "resample", "compiling", "pretrained", "probe"},
-    {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
-    {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug"},
-    {"engine"},
-    {"build", "recorder", "run"},
-    {"sweep"},
-    {"launch", "__main__"},
+LAYERS = tuple(
+    set(layer.split())
+    for layer in (
+        "errors",
+        "config random schedule task files surroundings identity resample compiling pretrained probe lr_curve",
+        "lock rundir environment vote watchdog rendezvous distributed signals log data validation",
+        "checkpoint ema adamw optim models pyramid mit fusion update state evaluation weights inference debug parts labels",
+        "engine",
+        "build feeds stages lr_finder recorder run evaluate predict export",
+        "sweep",
+        "launch __main__",
+    )
 )
 """trainer/ from the bottom up. A module imports from its own layer and those below; packages count as a whole."""
 
