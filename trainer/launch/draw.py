@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 
 from trainer.errors import ConfigError, Problem
+from trainer.launch.axes import key_of
 
 COUNT, SEED = "sweep.random", "sweep.random_seed"
 _OTHERS = ("sweep.zip", "sweep.file")
@@ -36,9 +37,9 @@ def drawn(lines: Sequence[str], parser: OverridesParser) -> tuple[list[str], lis
         if seeds:
             raise ConfigError(Problem(SEED, seeds[-1], f"is for {COUNT}, which is not there", f"+{COUNT}=20"))
         return list(lines), [[]]
-    lines = [line for line in lines if _key(line) not in (COUNT, SEED)]
+    lines = [line for line in lines if key_of(line) not in (COUNT, SEED)]
     axes = {line: axis for line in lines if (axis := _axis(line, parser)) is not None}
-    problems = [Problem(_key(line), line.partition("=")[2], f"cannot go with {COUNT}") for line in lines if _key(line) in _OTHERS]
+    problems = [Problem(key_of(line), line.partition("=")[2], f"cannot go with {COUNT}") for line in lines if key_of(line) in _OTHERS]
     if not axes:
         problems.append(Problem(COUNT, counts[-1], "has nothing to draw", "'optimizer.lr=tag(log,interval(1e-4,1e-1))'"))
     if problems:
@@ -47,7 +48,7 @@ def drawn(lines: Sequence[str], parser: OverridesParser) -> tuple[list[str], lis
 
 
 def _rows(axes: dict[str, Axis], count: int, seed: int) -> list[list[str]]:
-    draws = {line: random.Random(f"{seed} {_key(line)}") for line in axes}
+    draws = {line: random.Random(f"{seed} {key_of(line)}") for line in axes}
     rows: list[list[str]] = []
     for _ in range(count * _TRIES):
         row = [axis(draws[line]) for line, axis in axes.items()]
@@ -64,7 +65,7 @@ def _axis(line: str, parser: OverridesParser) -> Axis | None:
         (override,) = parser.parse_overrides([line])
     except HydraException:
         return None  # told where it is composed
-    if not override.is_sweep_override() or override.is_hydra_override() or override.key_or_group == "seed" or _key(line) in _OTHERS:
+    if not override.is_sweep_override() or override.is_hydra_override() or override.key_or_group == "seed" or key_of(line) in _OTHERS:
         return None
     key = override.get_key_element()
     if isinstance(override.value(), IntervalSweep):
@@ -95,13 +96,9 @@ def _interval(key: str, override: Override) -> Axis:
 def _numbers(lines: Sequence[str], key: str, *, least: int) -> list[int]:
     found = []
     for line in lines:
-        if _key(line) == key:
+        if key_of(line) == key:
             text = line.partition("=")[2]
             if not text.isdigit() or int(text) < least:
                 raise ConfigError(Problem(key, text, f"must be a whole number, >= {least}", f"+{key}={max(least, 20)}"))
             found.append(int(text))
     return found
-
-
-def _key(line: str) -> str:
-    return line.partition("=")[0].lstrip("+~")
