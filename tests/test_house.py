@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {"errors"},
-    {"config", "random", "schedule", "task", "files", "surroundings", "identity", "resample", "compiling", "pretrained", "probe"},
+    {"config", "random", "schedule", "task", "files", "surroundings", "identity", "resample", "compiling", "pretrained", "dinov2", "probe"},
     {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
     {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug"},
     {"engine"},

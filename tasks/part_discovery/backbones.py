@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -46,8 +48,8 @@ def run_blocks(network: VisionTransformer, tokens: Tensor, attention_mask: Tenso
 
 def grid(network: VisionTransformer, images: Tensor) -> tuple[int, int]:
     """How many patches lie below and beside one another."""
-    patch = cast(Any, network.patch_embed).patch_size
-    return images.shape[2] // int(patch[0]), images.shape[3] // int(patch[1])
+    rows, columns = cast(Any, network.patch_embed).dynamic_feat_size(images.shape[2:])
+    return int(rows), int(columns)
 
 
 def feature_map(network: nn.Module, images: Tensor) -> Tensor:
@@ -71,6 +73,8 @@ def seen_tokens(network: VisionTransformer, images: Tensor, mask: Tensor, *, bia
         bias: None = a patch is seen or not; a number = log(mask + bias) is added to its scores, so that gradients reach it.
         prune: leave out what no image of the batch sees. The kept tokens attend to the same tokens as before.
     """
+    if not isinstance(network.patch_embed, PatchEmbed):  # convolutions would show what a patch's neighbours hold
+        images = images * F.interpolate(mask.unsqueeze(1), size=images.shape[2:], mode="nearest").to(images.dtype)
     tokens = embed(network, images)
     prefix = network.num_prefix_tokens
     mask = mask.flatten(1)  # [N, hw]
