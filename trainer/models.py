@@ -64,10 +64,10 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
 
 def _stem(channels: list[int], in_channels: int) -> dict[str, Any]:
     """Arguments of timm's vision transformers that put convolutions, each halving the image, before the blocks."""
-    from timm.layers import HybridEmbed
-    from timm.models.vision_transformer_hybrid import ConvStem
+    from timm.layers import ConvNormAct, HybridEmbed
 
-    convolutions = ConvStem(in_channels, depth=len(channels), channels=tuple(channels), stride=(2,) * len(channels))
+    widths = zip([in_channels, *channels], channels, strict=False)
+    convolutions = nn.Sequential(*(ConvNormAct(before, after, kernel_size=3, stride=2) for before, after in widths))
     return {"patch_size": 1, "embed_layer": partial(HybridEmbed, backbone=convolutions)}
 
 

@@ -30,6 +30,16 @@ def vision_transformer(model: nn.Module, name: str, *, class_token: bool) -> Vis
     return model
 
 
+def headless(network: nn.Module) -> nn.Module:
+    """The same network without what comes after its map of features: weights that never learn have no place in it."""
+    for name in ("head", "fc", "classifier"):
+        if hasattr(network, name):
+            setattr(network, name, nn.Identity())
+    if isinstance(network, VisionTransformer):
+        network.attn_pool = None
+    return network
+
+
 def embed(network: VisionTransformer, images: Tensor) -> Tensor:
     """Tokens with their positions, prefix tokens first, [N, prefix + hw, D]."""
     tokens = network._pos_embed(network.patch_embed(images))  # the one place that knows which tokens have positions
@@ -43,7 +53,7 @@ def run_blocks(network: VisionTransformer, tokens: Tensor, attention_mask: Tenso
             tokens = cast(Tensor, checkpoint(block, tokens, attention_mask, use_reentrant=False))
         else:
             tokens = block(tokens, attn_mask=attention_mask)
-    return network.norm(tokens)
+    return network.fc_norm(network.norm(tokens))  # one of the two is the identity
 
 
 def grid(network: VisionTransformer, images: Tensor) -> tuple[int, int]:

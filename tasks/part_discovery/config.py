@@ -102,7 +102,9 @@ class PartDiscoveryConfig(LossConfig):
     threshold_quantile: float | None = setting(
         None, "in evaluation, thresholds that this share of each part's own training places does not reach; null = off", gt=0, lt=1
     )
-    keypoint_regression: bool = setting(True, "evaluation with named parts and boxes also shows the training images, to fit val/keypoint_nmse")
+    keypoint_regression: bool = setting(
+        True, "evaluation with named parts and boxes also shows the training images, to fit val/keypoint_nmse"
+    )
     preview_images: int = setting(16, "images in the picture of part maps", ge=1, identity=False)
 
     def build(self, run: RunConfig, data: DataInfo) -> PartDiscovery:
@@ -119,7 +121,9 @@ class PartDiscoveryConfig(LossConfig):
         yield from self._intervention_problems()
         if self.equivariance_zoom[0] > self.equivariance_zoom[1]:
             low, high = self.equivariance_zoom
-            yield Problem("task.equivariance_zoom", [low, high], "goes from the smallest to the largest", f"task.equivariance_zoom=[{high},{low}]")
+            yield Problem(
+                "task.equivariance_zoom", [low, high], "goes from the smallest to the largest", f"task.equivariance_zoom=[{high},{low}]"
+            )
         patch = run.model.input_multiple
         if patch and run.dataset.image_size // patch < 3:
             size, reason = run.dataset.image_size, f"makes fewer than 3 x 3 patches of {patch} pixels, and presence looks at 3 x 3 at once"

@@ -36,7 +36,9 @@ class Rows:
 
     def add(self, **columns: Tensor) -> None:
         self.shapes = {name: tuple(column.shape[1:]) for name, column in columns.items()}
-        self.parts.append(torch.cat([column.double().flatten(1) if column.ndim > 1 else column.double()[:, None] for column in columns.values()], 1))
+        self.parts.append(
+            torch.cat([column.double().flatten(1) if column.ndim > 1 else column.double()[:, None] for column in columns.values()], 1)
+        )
 
     def gather(self, order: str | None = "index") -> dict[str, np.ndarray]:
         """Collective. Empty where no rank has anything."""
@@ -204,4 +206,3 @@ def _centres(batch: Batch, maps: Tensor) -> dict[str, Tensor]:
     mass = parts.sum((2, 3)).clamp_min(1e-6)
     middle = [(parts.sum(2) * x).sum(2) / mass, (parts.sum(3) * y).sum(2) / mass]
     return {"centres": torch.stack([*middle, parts.amax((2, 3)) > 0.5], dim=2), "points": batch["parts"], "box": batch["box"]}
-

@@ -81,7 +81,11 @@ def test_the_size_of_a_batch_and_pruning_do_not_change_the_scores():
 
 def test_interventions_change_the_evaluation():
     whole = evaluate()
-    less, loose, tight = evaluate("task.remove_parts=[0,1]"), evaluate("task.threshold_quantile=0.01"), evaluate("task.threshold_quantile=0.9")
+    less, loose, tight = (
+        evaluate("task.remove_parts=[0,1]"),
+        evaluate("task.threshold_quantile=0.01"),
+        evaluate("task.threshold_quantile=0.9"),
+    )
     assert less["seen_fraction"] < whole["seen_fraction"]
     assert tight["seen_fraction"] < loose["seen_fraction"]
     nothing = evaluate("task.part_thresholds=[1e9,1e9,1e9,1e9]")

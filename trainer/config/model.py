@@ -83,11 +83,18 @@ class TimmModel(ModelConfig):
     def problems(self, at: str, image_size: int) -> Iterator[Problem]:
         yield from super().problems(at, image_size)
         if self.conv_stem and self.patch_size:
-            yield Problem(f"{at}.patch_size", self.patch_size, f"{at}.conv_stem makes patches of {self.own_patch_size} pixels", f"{at}.patch_size=null")
+            yield Problem(
+                f"{at}.patch_size",
+                self.patch_size,
+                f"{at}.conv_stem makes patches of {self.own_patch_size} pixels",
+                f"{at}.patch_size=null",
+            )
         if self.source == "huggingface":
             for key in ("conv_stem", "patch_size"):
                 if getattr(self, key):
-                    yield Problem(f"{at}.{key}", getattr(self, key), "networks of the hub are what their config.json says", f"{at}.{key}=null")
+                    yield Problem(
+                        f"{at}.{key}", getattr(self, key), "networks of the hub are what their config.json says", f"{at}.{key}=null"
+                    )
         elif self.conv_stem and self.pretrained:
             yield Problem(f"{at}.conv_stem", self.conv_stem, "no published weights have such a stem", f"{at}.conv_stem=null")
 
