@@ -114,6 +114,22 @@ def test_pruned_tokens_change_nothing(share, base):
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
+def test_pruning_in_training_changes_neither_loss_nor_gradients():
+    """Where the mask passes nothing on, a hidden token has no part in either."""
+    found = []
+    for prune in ("true", "false"):
+        task = make("task.mask_gradient=none", f"task.prune={prune}").train()
+        widths: list[int] = []
+        assert task.model.stage_2 is not None
+        task.model.get_submodule("stage_2.backbone.norm").register_forward_hook(lambda _, x, y: widths.append(x[0].shape[1]))  # noqa: B023
+        output = task(batch(), PROGRESS)
+        output.loss.backward()
+        found.append((widths[0], output.loss.detach(), {name: p.grad for name, p in task.named_parameters()}))
+    (fewer, *ours), (all_of_them, *theirs) = found
+    assert fewer < all_of_them
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
 def test_registers_and_class_token_are_prefix_tokens():
     task = make("+model.args.reg_tokens=4").eval()
     assert feature_map(task.model.stage_1.backbone, batch()["image"]).shape == (4, 64, 5, 5)
