@@ -21,6 +21,7 @@ from trainer import adamw
 from trainer.config.names import nearest
 from trainer.config.optimizer import OptimizerConfig, ParamRule
 from trainer.errors import ConfigError, Problem
+from trainer.parts import heads
 
 if TYPE_CHECKING:
     from trainer.config.optimizer import AdamW, Sgd, TimmOptimizer
@@ -50,6 +51,7 @@ def parameter_groups(
         if own is not None:
             rules.setdefault(name, own)
     scales = layer_scales(module, cfg.layer_decay)
+    head, backbone = _backbone(module, cfg)
     spared = set(_spared(module, cfg))
     peak = cfg.scaled_lr(batch_size)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -59,7 +61,7 @@ def parameter_groups(
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
-        lr = peak * scales.get(name, 1.0) * rule.lr_factor
+        lr = peak * scales.get(name, 1.0) * rule.lr_factor * (1.0 if name.startswith(head) else backbone)
         weight_decay = rule.weight_decay
         if weight_decay is None:
             weight_decay = 0.0 if name in spared else cfg.weight_decay
@@ -90,6 +92,17 @@ def _match_rules(module: nn.Module, cfg: OptimizerConfig) -> dict[str, ParamRule
     if problems:
         raise ConfigError(*problems)
     return taken
+
+
+def _backbone(module: nn.Module, cfg: OptimizerConfig) -> tuple[tuple[str, ...], float]:
+    """Prefixes of the head's parameters, and the factor on the learning rate of all others."""
+    if cfg.backbone_lr is None:
+        return (), 1.0
+    head = heads(module)
+    if not head:
+        reason = f"no network in {type(module).__name__} has a head that could be told from the rest"
+        raise ConfigError(Problem("optimizer.backbone_lr", cfg.backbone_lr, reason, "optimizer.rules=[{pattern: ..., lr_factor: ...}]"))
+    return head, cfg.backbone_lr / cfg.lr
 
 
 def _close_to(pattern: str, names: list[str]) -> str:
