@@ -108,7 +108,8 @@ def known_keys() -> set[str]:
             if dataclasses.is_dataclass(value):
                 yield from walk(value, f"{prefix}{field.name}.")
 
-    choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"],
+    choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"], ["task=part_discovery"],
+               ["dataset=waterbirds"], ["dataset=cub"], ["dataset=siim_acr"],
                ["dataset=webdataset"], *([f"scheduler={p.stem}"] for p in (ROOT / "conf" / "scheduler").glob("*.yaml")),
                *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml"))]  # fmt: skip
     found: set[str] = set()
