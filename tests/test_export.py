@@ -50,6 +50,10 @@ def originals(trained: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return model.transform.pixels(images), model(model.transform(images))
 
 
+DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated:FutureWarning")
+
+
+@DEPRECATED
 @pytest.mark.parametrize("count", [1, 5])
 def test_each_file_gives_the_logits_of_the_original(count, trained, exported):
     import onnxruntime
@@ -65,6 +69,7 @@ def test_each_file_gives_the_logits_of_the_original(count, trained, exported):
         torch.testing.assert_close(answer, logits, rtol=1e-4, atol=1e-4, msg=lambda text, kind=kind: f"{kind}: {text}")
 
 
+@DEPRECATED
 def test_each_file_knows_what_it_is(trained, exported):
     import onnxruntime
 

@@ -74,7 +74,7 @@ REFUSED = {
     "the optimizer's memory": (["loop.epochs=5", "optimizer.weight_decay=0.5"], "optimizer.weight_decay=0.5: an extended run stays"),
     "another place": (["loop.epochs=5", "version=b"], "version=b: the run stays where it is"),
     "no key": (["loop.epoch=5"], "loop.epoch=5: there is no such key\n    try: loop.epochs=5"),
-    "a schedule that does not fit": (["loop.steps=12", "scheduler.warmup_steps=12"], "scheduler.warmup_steps=12"),
+    "a schedule that does not fit": (["loop.steps=12", "scheduler.warmup_steps=13"], "scheduler.warmup_steps=13"),
 }
 
 

@@ -156,7 +156,8 @@ def test_views_of_an_image_are_averaged(views, trained, truth, tmp_path):
 def test_every_label_that_is_right_counts(trained, truth, tmp_path):
     directory = copied(trained, tmp_path)
     labels, probabilities = truth
-    names = [compose_run(*NETWORK).dataset.build("val").name(i) for i in range(len(labels))]
+    source = compose_run(*NETWORK).dataset.build("val")
+    names = [source.name(i) for i in range(len(labels))]
     right = {Path(name).name: [] if i % 3 == 0 else ["3", int(label)] for i, (name, label) in enumerate(zip(names, labels, strict=True))}
     (tmp_path / "real.json").write_text(json.dumps(right))
     scores, _ = measured(directory, f"real_labels={tmp_path / 'real.json'}")
