@@ -80,7 +80,10 @@ def test_each_file_knows_what_it_is(trained, exported):
         weights = file.metadata()["trainyard"]
         assert set(file.keys()) == set(load_model(trained).state_dict())
     session = onnxruntime.InferenceSession(exported / "model.onnx", providers=["CPUExecutionProvider"])
-    known = [json.loads(text) for text in (script["trainyard.json"], program["trainyard.json"], weights, session.get_modelmeta().custom_metadata_map["trainyard"])]
+    known = [
+        json.loads(text)
+        for text in (script["trainyard.json"], program["trainyard.json"], weights, session.get_modelmeta().custom_metadata_map["trainyard"])
+    ]
     assert known[0] == known[1] == known[2] == known[3]
     size = compose_run(*NETWORKS[trained.parent.name[:-1]]).dataset.image_size
     assert known[0]["output"]["classes"] == [str(i) for i in range(10)] and known[0]["input"]["shape"] == ["N", 3, size, size]
@@ -95,7 +98,6 @@ def test_the_card_says_what_the_run_knows(trained, exported):
     gaps = [float(g) for g in re.findall(r"\| `model\.\S+` \| (\S+) \|", card)]
     assert len(gaps) == 4 and max(gaps) < exporting.TOLERANCE
     assert not [p for p in exported.iterdir() if p.name.startswith(".")], "nothing half written is left"
-
 
 
 def test_a_file_that_differs_is_not_left_behind(trained, tmp_path, monkeypatch):
@@ -124,7 +126,7 @@ def test_a_network_that_cannot_be_traced_says_so(trained, monkeypatch, tmp_path)
 
 
 def test_what_there_is_nothing_to_check_with_is_not_exported(trained, tmp_path):
-    with pytest.raises(ConfigError, match="--format=onx: there are .*\n    try: --format onnx"):
+    with pytest.raises(ConfigError, match=r"--format=onx: there are .*\n    try: --format onnx"):
         export.main([str(trained), "--format", "onx"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="there are no images to check with"):

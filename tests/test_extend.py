@@ -14,8 +14,8 @@ from trainer.launch import clean, extend
 from trainer.launch.compose import compose_run
 from trainer.launch.dispatch import dispatch
 from trainer.lock import Lock
-from trainer.rundir import RunDirectory, run_directory
 from trainer.run import train
+from trainer.rundir import RunDirectory, run_directory
 
 VIT = [*MODELS["vit"], "dataset.num_workers=0", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=2"]
 
@@ -40,19 +40,22 @@ def test_an_extension_that_is_stopped_goes_on_by_either_command(tmp_path, monkey
     directory = run_directory(first)
     for path in (directory, tmp_path / "unbroken"):
         train(first, RunDirectory(path))
-    assert extend.main([str(tmp_path / "unbroken"), "loop.steps=14", "optimizer.lr=1e-4"]) == 0
-    for step, go_on in ((10, lambda: dispatch(compose_run(*command))), (12, lambda: extend.main([str(directory), "loop.steps=14"]))):
+
+    def extended(path: Path = directory) -> int:
+        return extend.main([str(path), "loop.steps=14", "optimizer.lr=1e-4"])
+
+    assert extended(tmp_path / "unbroken") == 0
+    for step, go_on in (
+        (10, extended),
+        (11, lambda: dispatch(compose_run(*command))),
+        (12, lambda: extend.main([str(directory), "loop.steps=14"])),
+    ):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             with pytest.raises(Stopped):
-                extend.main([str(directory), "loop.steps=14", "optimizer.lr=1e-4"])
-        if step == 12:
-            assert go_on() == 0
-        else:
-            with monkeypatch.context() as patch, pytest.raises(Stopped):
-                stop_after(patch, 11)
                 go_on()
-            assert "was extended since" in capsys.readouterr().out
+        assert ("was extended since" in capsys.readouterr().out) == (step == 11)
+    assert extended() == 0
     assert last(directory)["step"] == 14 and len(RunDirectory(directory).extensions()) == 1
     assert_same_run(tmp_path / "unbroken", directory)
     assert dispatch(compose_run(*command)) == 0, "and then says that it is done"
@@ -135,10 +138,19 @@ def test_old_checkpoints_of_what_is_done_go(tmp_path, capsys):
     assert clean.main([str(tmp_path), "--dry-run"]) == 0
     assert sorted(p for p in tmp_path.rglob("*")) == before
     said = capsys.readouterr().out
-    assert "3 checkpoints would be deleted, 0.0 MB; 1 finished runs, 1 others left alone" in said and f"{failed}: not finished, left alone" in said
+    assert (
+        "3 checkpoints would be deleted, 0.0 MB; 1 finished runs, 1 others left alone" in said
+        and f"{failed}: not finished, left alone" in said
+    )
     assert clean.space_of(clean.superfluous(finished)) == 3000 + 5000 + 500, "epoch-0002 lives on as last"
     assert clean.main([str(tmp_path)]) == 0
-    assert {p.name for p in finished.checkpoints.iterdir()} == {"best.pt", "best.pt.sha256", "last.pt", "last.pt.sha256", "model.safetensors"}
+    assert {p.name for p in finished.checkpoints.iterdir()} == {
+        "best.pt",
+        "best.pt.sha256",
+        "last.pt",
+        "last.pt.sha256",
+        "model.safetensors",
+    }
     assert len(list(failed.checkpoints.iterdir())) == 11
     assert clean.main([str(finished)]) == 0 and "0 checkpoints deleted" in capsys.readouterr().out
 

@@ -71,7 +71,7 @@ def by_timm(overrides: list[str], optimizer: dict[str, Any], schedule: dict[str,
     run = compose_run(*COMMON, *overrides)
     data, world = build_data(run), World()
     start = build_task(run, data, torch.device("cpu"), 1).state_dict()
-    extra = {"patch_size": run.model.patch_size, "img_size": run.dataset.image_size} if run.model.patch_size else {}
+    extra: dict[str, Any] = {"patch_size": run.model.patch_size, "img_size": run.dataset.image_size} if run.model.patch_size else {}
     model = timm.create_model(run.model.name, num_classes=10, **extra)
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in start.items()})
     opt = create_optimizer_v2(model, **optimizer)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
-from tests.test_exact import MODELS, SHORT, run
+from tests.test_exact import MODELS, run
 from trainer import load_model
 from trainer.errors import ConfigError, DataError, StorageError
 from trainer.launch import evaluate, predict
@@ -85,7 +85,9 @@ def test_the_runs_own_validation_is_repeated_to_the_last_bit(trained, tmp_path):
     directory = copied(trained, tmp_path)
     scores, _ = measured(directory, "loop.max_validation_batches=2")
     best = json.loads((directory / "result.json").read_text())["best"]
-    assert {k: v for k, v in scores.items() if k.startswith("val/")} == {k: v for k, v in best.items() if k.startswith("val/") and k != "val/seconds"}
+    assert {k: v for k, v in scores.items() if k.startswith("val/")} == {
+        k: v for k, v in best.items() if k.startswith("val/") and k != "val/seconds"
+    }
 
 
 def test_two_ranks_measure_what_one_does(trained, tmp_path, monkeypatch):
@@ -94,7 +96,9 @@ def test_two_ranks_measure_what_one_does(trained, tmp_path, monkeypatch):
     two, out = measured(directory, "loop.batch_size=60", "distributed=local", "distributed.processes=2")
     assert [int(r["index"]) for r in rows(out / "predictions.csv")] == list(range(359)), "each once, whichever rank had it"
     one, _ = measured(directory, "loop.batch_size=30")
-    assert {k: v for k, v in one.items() if k.startswith("val/")} == pytest.approx({k: v for k, v in two.items() if k.startswith("val/")}, rel=1e-6)
+    assert {k: v for k, v in one.items() if k.startswith("val/")} == pytest.approx(
+        {k: v for k, v in two.items() if k.startswith("val/")}, rel=1e-6
+    )
 
 
 def test_only_some_classes_compete(trained, truth, tmp_path):
@@ -216,7 +220,7 @@ def test_a_directory_that_is_no_run_or_has_no_weights(verb, trained, tmp_path):
         verb([str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match=f"no such directory\n    try: .*{trained.name}"):
         verb([str(trained)[:-1] + "1"])
-    with pytest.raises(ConfigError, match="holds no config.yaml, so it is not a run"):
+    with pytest.raises(ConfigError, match=r"holds no config\.yaml, so it is not a run"):
         verb([str(tmp_path)])
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -279,13 +283,16 @@ def test_folders_with_nothing_to_see(trained, tmp_path):
     with pytest.raises(ConfigError, match="holds no images"):
         predict.main([str(trained), str(tmp_path / "empty")])
     (tmp_path / "empty" / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="(?s)none of the 1 images .*the file is empty") as caught:
+    with pytest.raises(DataError, match=r"(?s)none of the 1 images .*the file is empty") as caught:
         predict.main([str(trained), str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
     assert caught.value.exit_code == 3
 
 
 def test_boxes_are_drawn_and_counted():
-    found = [{"class": "car", "score": 0.75, "x1": 2, "y1": 2, "x2": 12, "y2": 12}, {"class": "bus", "score": 0.5, "x1": 0, "y1": 0, "x2": 1, "y2": 1}]
+    found = [
+        {"class": "car", "score": 0.75, "x1": 2, "y1": 2, "x2": 12, "y2": 12},
+        {"class": "bus", "score": 0.5, "x1": 0, "y1": 0, "x2": 1, "y2": 1},
+    ]
     picture = np.zeros((16, 16, 3), dtype=np.uint8)
     sheet = np.asarray(predict.contact_sheet([(picture, found), (picture, [])]))
     assert (sheet == [255, 0, 0]).all(-1).sum() > 100

@@ -161,7 +161,9 @@ def write(out: Path, answer: Mapping[str, Any], report: Report, pictures: Mappin
         for title, rows in report.tables.items():
             write_csv(out / f"{title}.csv", rows)
         for title, (names, values) in report.matrices.items():
-            write_csv(out / f"{title}.csv", [{"": own, **dict(zip(names, row, strict=True))} for own, row in zip(names, values, strict=True)])
+            write_csv(
+                out / f"{title}.csv", [{"": own, **dict(zip(names, row, strict=True))} for own, row in zip(names, values, strict=True)]
+            )
             draw_matrix(out / f"{title}.png", title, names, values)
         for title, picture in pictures.items():
             Image.fromarray(picture.permute(1, 2, 0).cpu().numpy()).save(out / f"{title}.png")
@@ -183,8 +185,8 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show(answer: Mapping[str, Any], report: Report, directory: RunDirectory, out: Path) -> None:
     """The scores beside those that the run had, then the tables that are short enough."""
-    from trainer.log.table import print_rows
     from trainer.log.readable import show as value_of
+    from trainer.log.table import print_rows
 
     result = directory.read_result() or {}
     then = next((row for row in result.get("history", ()) if row.get("step") == answer["step"]), {})

@@ -58,11 +58,14 @@ class Parcel:
 class Package(nn.Module):
     """Pixels in, outputs out."""
 
+    scale: Tensor  # [1, C or 1, 1, 1]
+    shift: Tensor
+
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
         scale, shift = 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
-        self.register_buffer("scale", scale.view(1, -1, 1, 1))  # [1, C or 1, 1, 1]
+        self.register_buffer("scale", scale.view(1, -1, 1, 1))
         self.register_buffer("shift", shift.view(1, -1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Any:
@@ -139,7 +142,9 @@ def _difference(kind: str, program: Callable[[Tensor], Sequence[Tensor]], pixels
     for count in dict.fromkeys((len(pixels), 1)):
         found = program(pixels[:count])
         if len(found) != len(expected) or any(f.shape[1:] != e.shape[1:] for f, e in zip(found, expected, strict=True)):
-            raise ConfigError(Problem("--format", kind, "the file does not give what the original gives: other shapes", "--format safetensors"))
+            raise ConfigError(
+                Problem("--format", kind, "the file does not give what the original gives: other shapes", "--format safetensors")
+            )
         for ours, theirs in zip(expected, found, strict=True):
             ours = ours[:count].float()
             gap = (ours - theirs.float()).abs().max() / ours.abs().max().clamp_min(1e-6)

@@ -74,7 +74,9 @@ class LoopConfig:
     )
     best_metric: str | None = setting(None, "validation metric that decides best.pt, as val/top1; null = the task's own")
     best_mode: str | None = setting(
-        None, "which end of loop.best_metric is better; null = the task's own, or by its name: less of a loss or an error", choices=["max", "min"]
+        None,
+        "which end of loop.best_metric is better; null = the task's own, or by its name: less of a loss or an error",
+        choices=["max", "min"],
     )
     max_reference_images: int | None = setting(
         50_000, "training images that a validation by nearest neighbours or a linear probe compares with; null = all", ge=1

@@ -21,7 +21,11 @@ class LooseImages:
     def __init__(self, root: Path, channels: int = 3) -> None:
         self.root, self.channels, self.lazy = root, channels, False
         endings = EXTENSIONS if channels in (1, 3) else (".npy",)
-        found = [root] if root.is_file() else [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        found = (
+            [root]
+            if root.is_file()
+            else [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        )
         self.paths = sorted(str(p) for p in found if p.suffix.lower() in endings and not p.is_dir())
         self.fingerprint = hashlib.sha256("\0".join(self.paths).encode(errors="surrogateescape")).hexdigest()[:32]
 

@@ -49,7 +49,14 @@ def _scores(saved: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[
     if row is None:
         return ["## Scores", "", "Not validated at this step.", ""]
     names = [name for name in row if name.startswith("val/") and name != "val/seconds"]
-    return ["## Scores", "", "| metric | validation |", "|---|---|", *(f"| {n.removeprefix('val/')} | {show(n, row[n])} |" for n in names), ""]
+    return [
+        "## Scores",
+        "",
+        "| metric | validation |",
+        "|---|---|",
+        *(f"| {n.removeprefix('val/')} | {show(n, row[n])} |" for n in names),
+        "",
+    ]
 
 
 def _input(metadata: Mapping[str, Any]) -> list[str]:

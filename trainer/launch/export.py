@@ -27,21 +27,29 @@ FORMATS = ("safetensors", "onnx", "torchscript", "pt2")
 CHECKED = 32  # real images that a file is compared with the original on
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write and check each file, then the card; print where they are and how far they are from the original."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer export", description="A run's network as a file for other programs.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
     parser.add_argument("overrides", nargs="*", help="checkpoint=best|last|…, dataset.image_size=… and others")
-    parser.add_argument("--format", default="safetensors", help=f"one of {', '.join(FORMATS)}, or several with commas (default: safetensors)")
+    parser.add_argument(
+        "--format", default="safetensors", help=f"one of {', '.join(FORMATS)}, or several with commas (default: safetensors)"
+    )
     parser.add_argument("--out", type=Path, help="folder to write to (default: RUN_DIR/exports)")
     parser.add_argument("--images", type=Path, help="folder of images to check with (default: the run's validation images)")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write and check each file, then the card; print where they are and how far they are from the original."""
+    options = arguments().parse_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best")
     kinds = list(dict.fromkeys(options.format.split(",")))
     for kind in kinds:
         if kind not in FORMATS:
-            raise ConfigError(Problem("--format", kind, f"there are {', '.join(FORMATS)}", f"--format {nearest(kind, FORMATS) or FORMATS[0]}"))
+            raise ConfigError(
+                Problem("--format", kind, f"there are {', '.join(FORMATS)}", f"--format {nearest(kind, FORMATS) or FORMATS[0]}")
+            )
     run = checked(before, overrides)
     write(directory, run, own["checkpoint"], kinds, options.out or directory.path / "exports", options.images)
     return 0
@@ -68,7 +76,10 @@ def write(directory: RunDirectory, run: RunConfig, checkpoint: str, kinds: Seque
             path = out / f"model{FORMATS[kind].suffix}"
             files[path.name] = export(parcel, kind, path)
             size = path.stat().st_size / 1e6
-            print(f"{path}  {size:.1f} MB, checked on {len(pixels)} images: differs by {files[path.name]:.1e} of the largest output", flush=True)
+            print(
+                f"{path}  {size:.1f} MB, checked on {len(pixels)} images: differs by {files[path.name]:.1e} of the largest output",
+                flush=True,
+            )
     result = directory.read_result()
     parameters = sum(p.numel() for p in network.parameters())
     write_atomically(out / "model_card.md", card(directory, run, saved, metadata, files, result, parameters, len(pixels)))

@@ -16,7 +16,6 @@ from trainer.identity import differences
 from trainer.launch import diagnose
 from trainer.launch.amend import amended, existing_run
 from trainer.launch.dispatch import go_on, report_finished
-from trainer.rundir import RunDirectory
 from trainer.surroundings import surroundings
 from trainer.validation import problems_of, steps_per_epoch
 
@@ -28,16 +27,26 @@ CHANGEABLE = (
 """What may differ after the extension, of the settings that change a result. The rest is what the checkpoint is made of."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write down the new length and train on."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer extend", description="Let a run that is done go on, in its own directory.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
-    parser.add_argument("overrides", nargs="+", help="loop.epochs=N or loop.steps=N, the new length in all; also scheduler=…, optimizer.lr=…")
-    options = parser.parse_args(argv)
+    parser.add_argument(
+        "overrides", nargs="+", help="loop.epochs=N or loop.steps=N, the new length in all; also scheduler=…, optimizer.lr=…"
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write down the new length and train on."""
+    options = arguments().parse_args(argv)
     directory, before = existing_run(options.run_dir)
     if not directory.has_checkpoint():
-        raise ConfigError(Problem("run directory", directory.path, "holds no checkpoint, so there is nothing to extend", "python launch.py …"))
-    run, _, problems = amended(before, options.overrides, fixed=dict.fromkeys(("name", "version", "runs_dir", "resume"), "the run stays where it is"))
+        raise ConfigError(
+            Problem("run directory", directory.path, "holds no checkpoint, so there is nothing to extend", "python launch.py …")
+        )
+    run, _, problems = amended(
+        before, options.overrides, fixed=dict.fromkeys(("name", "version", "runs_dir", "resume"), "the run stays where it is")
+    )
     problems += [] if run is None else [*(diagnose.with_fix(p, {}) for p in problems_of(run)), *refused(before, run)]
     if run is None or problems:
         raise ConfigError(*problems)
@@ -64,7 +73,9 @@ def refused(before: RunConfig, run: RunConfig) -> Iterator[Problem]:
     for key, old, new in differences(before, run):
         if not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE):
             fix = f"leave it at {old}; init_from=<this run> starts another run from its weights"
-            yield Problem(key, new, "an extended run stays the run it is; its length, schedule, augmentation and learning rate may change", fix)
+            yield Problem(
+                key, new, "an extended run stays the run it is; its length, schedule, augmentation and learning rate may change", fix
+            )
 
 
 def total_steps(run: RunConfig) -> int:
