@@ -27,7 +27,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Delete, or with --dry-run only say what would be deleted; print how much space that is."""
-    options = arguments().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     found = [run for directory in options.directory for run in runs_below(directory)]
     freed, gone, left = 0, 0, 0
     for run in found:

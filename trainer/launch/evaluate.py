@@ -36,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and write `RUN_DIR/evaluations/<name>/`."""
-    options = arguments().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best", split="val", classes="", real_labels="")
     if own["split"] not in ("train", "val"):

@@ -41,7 +41,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Write and check each file, then the card; print where they are and how far they are from the original."""
-    options = arguments().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best")
     kinds = list(dict.fromkeys(options.format.split(",")))

@@ -38,7 +38,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Write down the new length and train on."""
-    options = arguments().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     if not directory.has_checkpoint():
         raise ConfigError(

@@ -36,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Write `predictions.csv` and `sheet.png`, and print where they are."""
-    options = arguments().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best", classes="")
     folder = Path(options.folder)
