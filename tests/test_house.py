@@ -20,7 +20,7 @@ LAYERS = (
     {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
     {"checkpoint", "ema", "adamw", "optim", "models", "update", "state", "evaluation", "weights", "inference", "debug", "labels"},
     {"engine"},
-    {"build", "recorder", "run", "evaluate", "predict", "export"},
+    {"build", "recorder", "run", "evaluate", "export"},
     {"launch", "__main__"},
 )
 """trainer/ from the bottom up. A module imports from its own layer and those below; packages count as a whole."""
@@ -28,7 +28,8 @@ LAYERS = (
 TORCH_FREE = (
     "launch", "tasks", "trainer", "trainer.config", "trainer.errors", "trainer.schedule", "trainer.rundir", "trainer.signals", "trainer.files",
     "trainer.log", "trainer.validation", "trainer.launch.door", "trainer.launch.dispatch", "trainer.launch.help", "trainer.data.config",
-    "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__",
+    "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__", "trainer.launch.evaluate", "trainer.launch.predict", "trainer.launch.export", "trainer.launch.extend",
+    "trainer.launch.clean",
 )  # fmt: skip
 """What is imported before a run starts: composing, checking and submitting 500 jobs must not wait for torch."""
 
