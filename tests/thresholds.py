@@ -21,3 +21,5 @@ DISPLAY_SECONDS_PER_STEP = 2e-6  # two attribute accesses take 0.1 us; a progres
 
 LEARNS = 0.9  # of the loss at the start, after 30 steps of an optimizer (LARS: 300) at its choice's own rate; measured 0 to 0.76
 PARITY_LOSS = 1e-5  # relative, over ten steps against timm's own pieces: the same arithmetic, added up by fused kernels in another order
+
+PAGE_MILLISECONDS = 6000  # promised 2,000 for 500 jobs on a quiet machine, where it takes 250: the benchmark judges that

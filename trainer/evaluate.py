@@ -24,12 +24,14 @@ from trainer.data.source import Source, Subset
 from trainer.distributed import World, open_world
 from trainer.engine import Engine, Periods
 from trainer.errors import ConfigError, Problem
+from trainer.feeds import spread
 from trainer.files import storage_error, write_atomically
 from trainer.inference import load_task
 from trainer.models import prepare
-from trainer.run import build_state, known_errors, set_backends, spread
+from trainer.run import known_errors, set_backends
 from trainer.rundir import RunDirectory
 from trainer.signals import StopSignals, stop_error
+from trainer.stages import build_state
 from trainer.task import Batch, ComparesWithTraining, Report, Reports, Task
 from trainer.vote import StopVote
 from trainer.watchdog import Watchdog

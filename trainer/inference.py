@@ -111,9 +111,9 @@ def _resized(task: Task, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def offline(run: RunConfig) -> RunConfig:
-    """`run` without pretrained weights: all weights come from the checkpoint, and nothing is to be fetched."""
+    """`run` without pretrained weights and teachers: all weights come from the checkpoint, and nothing is to be fetched."""
     changes = {name: value for name, value in (("pretrained", False), ("weights", None)) if hasattr(run.model, name)}
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes)) if changes else run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes), task=run.task.for_inference())
 
 
 def _find(path: Path, checkpoint: str | PathLike[str]) -> Path:

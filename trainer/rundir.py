@@ -268,7 +268,10 @@ def _finite(value: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no mapping")
+        return content
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

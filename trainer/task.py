@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from trainer.probe import pooled_features
+
 if TYPE_CHECKING:
     from trainer.config.optimizer import ParamRule
     from trainer.data.augment import Augmentation
@@ -24,7 +26,9 @@ class Progress:
 
     step: int
     total: int  # optimizer steps of the whole run
-    steps_per_epoch: float
+    steps_per_epoch: float  # of this stage of the run
+    stage_start: int = 0  # the step at which the stage began
+    epochs_before: float = 0.0  # that were finished by then
 
     @property
     def fraction(self) -> float:
@@ -32,7 +36,7 @@ class Progress:
 
     @property
     def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
+        return self.epochs_before + (self.step - self.stage_start) / self.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Task(nn.Module, ABC):
     find_unused_parameters = False
     main_metric = "val/loss"  # decides `best` unless loop.best_metric says otherwise
     higher_is_better = False
+    held: Sequence[nn.Module] = ()  # frozen parts, which stay in evaluation mode while the rest trains
 
     @abstractmethod
     def training_step(self, batch: Batch, progress: Progress, /) -> StepOutput: ...
@@ -129,6 +134,10 @@ class Task(nn.Module, ABC):
     def network(self) -> nn.Module:
         """What is exported and what `load_model` returns: by convention the submodule `model`."""
         return self.get_submodule("model")
+
+    def features(self, images: Tensor) -> Tensor:
+        """What nearest neighbours and linear classifiers judge the network by, [N, D]."""
+        return pooled_features(self.network(), images)
 
     def param_rules(self) -> Sequence[ParamRule]:
         """The task's own learning rates and weight decays by parameter name; the user's `optimizer.rules` come first."""
@@ -152,6 +161,12 @@ class Task(nn.Module, ABC):
 
     def after_update(self, progress: Progress) -> None:
         """The optimizers have stepped. EMA teachers move here."""
+
+    def train(self, mode: bool = True) -> Task:
+        super().train(mode)
+        for part in self.held:
+            part.eval()
+        return self
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         return self.training_step(batch, progress)

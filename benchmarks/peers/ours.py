@@ -46,7 +46,7 @@ def prepare(model: torch.nn.Module, num_classes: int, overrides: list[str] | Non
     from trainer.engine import Engine, Periods
     from trainer.log import open_display
     from trainer.recorder import Recorder
-    from trainer.run import build_state
+    from trainer.stages import build_state
     from trainer.vote import StopVote
 
     parts = Surroundings(overrides or [])

@@ -1,4 +1,4 @@
-"""Supervised image classification with softmax cross-entropy."""
+"""Supervised image classification."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.classification.config import ClassificationConfig
+from tasks.classification.losses import binary_cross_entropy
 from trainer.labels import Labelled, label_scores
 from trainer.task import Batch, Progress, StepOutput, Task
 
@@ -21,7 +22,7 @@ class Classification(Task):
     def __init__(self, model: nn.Module, cfg: ClassificationConfig, classes: Sequence[str]) -> None:
         super().__init__()
         self.model = model
-        self.label_smoothing = cfg.label_smoothing
+        self.cfg = cfg
         self.classes = list(classes)
         self.tta = cfg.tta
         self.competing: Tensor | None = None  # [C] bool; None = all classes
@@ -31,11 +32,19 @@ class Classification(Task):
         logits = self.model(batch["image"])  # [N, C]
         # Mixup and cutmix leave soft targets [N, C] beside the labels; accuracy is then against the stronger partner.
         target = batch.get("target", labels)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        loss = self.loss(logits, target)
         with torch.no_grad():
             hard = labels if target is labels else target.argmax(1)
             top1 = (logits.argmax(1) == hard).float().mean()
         return StepOutput(loss, {"top1": top1})
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        cfg = self.cfg
+        if cfg.loss == "bce":  # in fp32: small probabilities of many classes vanish in 16 bits
+            return binary_cross_entropy(
+                logits.float(), target, smoothing=cfg.label_smoothing, threshold=cfg.bce_threshold, total=cfg.bce_sum
+            )
+        return F.cross_entropy(logits, target, label_smoothing=cfg.label_smoothing)
 
     def evaluator(self) -> Labelled:
         return Labelled(self.scores, self.classes)

@@ -18,7 +18,7 @@ from trainer.config import RunConfig
 from trainer.config.fields import schemas
 from trainer.errors import ConfigError, Problem
 from trainer.launch import diagnose
-from trainer.launch.compose import Composed, apply, compose, hydra_loader, parse
+from trainer.launch.compose import Composed, apply_to, compose, hydra_loader, parse
 from trainer.launch.resolve import to_run
 from trainer.rundir import RunDirectory
 
@@ -86,7 +86,7 @@ def amended(
     with hydra_loader() as loader:
         for override in parsed:
             if override not in choices:
-                apply(override, composed, loader)
+                apply_to(composed, override, loader)
     new, wrong = to_run(tree, composed.given)
     found = [diagnose.with_fix(p, composed.before) for p in (*composed.problems, *wrong)]
     return new, composed.given, found

@@ -15,7 +15,7 @@ from trainer.errors import ConfigError, Problem
 from trainer.identity import differences
 from trainer.launch import diagnose
 from trainer.launch.amend import amended, existing_run
-from trainer.launch.dispatch import go_on, report_finished
+from trainer.launch.dispatch import report_finished, run_in
 from trainer.surroundings import surroundings
 from trainer.validation import problems_of, steps_per_epoch
 
@@ -64,8 +64,9 @@ def main(argv: Sequence[str]) -> int:
     if surroundings().is_main and differences(before, run):
         directory.record_extension(at_step=done, total_steps=total, overrides=list(options.overrides), time=time.time())
         directory.write_config(run)
+        directory.status("queued", total_steps=total)  # not finished any more, whoever asks
         print(f"from step {done} to {total}: the schedule is that of a run of {total} steps from here on")
-    return go_on(run, directory)
+    return run_in(run, directory)
 
 
 def refused(before: RunConfig, run: RunConfig) -> Iterator[Problem]:
