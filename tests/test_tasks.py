@@ -10,8 +10,10 @@ import pytest
 
 from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import assert_same_run, last
+from trainer.launch import evaluate
 from trainer.launch.compose import CONF, compose_run
 from trainer.run import train
+from trainer.rundir import RunDirectory
 
 LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "loop.log_every=1", "loop.progress=none", "logger.plots=false",
           "loop.max_validation_batches=2", "loop.max_reference_images=32", "loop.checkpoint_every_steps=1", "dataset.num_workers=1",
@@ -70,3 +72,14 @@ def test_every_task_on_one_rank_sees_and_measures_what_two_do(task: str, tmp_pat
     for name, value in scores[0].items():
         if name.startswith("val/") and "seconds" not in name:
             assert scores[1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_measured_again_as_it_was(task: str, tmp_path: Path):
+    """`python -m trainer evaluate` builds it from its run directory and gives the scores of its last validation, from the checkpoint alone."""
+    overrides = [*ready(task, tmp_path), "loop.epochs=1"]
+    last_scores = train(compose_run(*overrides), RunDirectory(tmp_path / "run"))["last"]
+    assert evaluate.main([str(tmp_path / "run"), "checkpoint=last", "loop.max_validation_batches=2", "--name", "again"]) == 0
+    again = json.loads((tmp_path / "run" / "evaluations" / "again" / "scores.json").read_text())
+    timeless = lambda scores: {k: v for k, v in scores.items() if k.startswith("val/") and "seconds" not in k}  # noqa: E731
+    assert timeless(again) == pytest.approx(timeless(last_scores), rel=1e-6, nan_ok=True)
