@@ -13,7 +13,7 @@ from trainer.launch.compose import checked, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-ELSEWHERE = ("dataset.path", "dataset.val_path", "init_from")  # what lies on the reader's disk and not on ours
+ELSEWHERE = ("dataset.path", "dataset.val_path", "init_from", "task.teacher")  # what lies on the reader's disk and not on ours
 OVERRIDE_VERBS = ("validate", "plot-lr", "show-batch", "bench-loader", "describe-data")
 
 
@@ -96,7 +96,8 @@ def known_keys() -> set[str]:
 
     choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"],
                ["dataset=webdataset"], *([f"scheduler={p.stem}"] for p in (ROOT / "conf" / "scheduler").glob("*.yaml")),
-               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml"))]  # fmt: skip
+               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml")),
+               *([f"task={p.stem}"] for p in (ROOT / "conf" / "task").glob("*.yaml"))]  # fmt: skip
     found: set[str] = set()
     for overrides in choices:
         run, _ = checked(compose(overrides))
