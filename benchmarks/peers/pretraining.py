@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -123,7 +124,7 @@ def mae_loss(task: Any, images: Tensor) -> Tensor:
 
 # --- distillation --------------------------------------------------------------------------------------------------------
 
-SMALL = {"img_size": 64, "patch_size": 8, "num_classes": 10}
+SMALL: dict[str, Any] = {"img_size": 64, "patch_size": 8, "num_classes": 10}
 CROWD = 16  # images in a batch
 
 
@@ -157,6 +158,7 @@ def kd_loss(student: nn.Module, master: nn.Module, batch: dict[str, Any], *, kee
 
 def grown(block: Callable[[], float]) -> float:
     """By how much the process is at its largest, in MB, since before its first step."""
-    before = int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")))  # kB
+    status = Path("/proc/self/status").read_text().splitlines()
+    before = int(next(line.split()[1] for line in status if line.startswith("VmRSS")))  # kB
     block()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
