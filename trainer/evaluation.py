@@ -59,6 +59,7 @@ class Mean:
         self.per_sample = per_sample  # batch -> {name: [N]}
         self.names: list[str] = []
         self.rows: list[Tensor] = []  # [N, 1 + names] each: index, values
+        self.table: Tensor | None = None  # of all ranks, in the dataset's order, once computed
 
     def update(self, batch: Batch) -> None:
         values = self.per_sample(batch)
@@ -76,9 +77,15 @@ class Mean:
         device = self.rows[0].device if self.rows else _device()
         mine = torch.cat(self.rows) if self.rows else torch.zeros(0, 1 + len(self.names), dtype=torch.float64, device=device)
         table = all_cat(mine)
-        table = table[table[:, 0].argsort(stable=True)]
+        table = self.table = table[table[:, 0].argsort(stable=True)]
         means = (table[:, 1:].sum(0) / table.shape[0]).tolist()
         return dict(zip(self.names, means, strict=True))
+
+    def column(self, name: str) -> Tensor:
+        """A value of every sample, [N] float64, once computed; `index` is its place in the dataset."""
+        if self.table is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return self.table[:, ["index", *self.names].index(name)]
 
 
 class Neighbours:

@@ -44,7 +44,7 @@ def prepare(model: torch.nn.Module, num_classes: int, overrides: list[str] | Non
     from tasks.classification.config import ClassificationConfig
     from tasks.classification.task import Classification
 
-    return prepare_task(Classification(model, ClassificationConfig(), num_classes), overrides)
+    return prepare_task(Classification(model, ClassificationConfig(), [str(c) for c in range(num_classes)]), overrides)
 
 
 def prepare_task(task: Any, overrides: list[str] | None = None) -> Callable[..., None]:
@@ -53,7 +53,7 @@ def prepare_task(task: Any, overrides: list[str] | None = None) -> Callable[...,
     from trainer.engine import Engine, Periods
     from trainer.log import open_display
     from trainer.recorder import Recorder
-    from trainer.run import build_state
+    from trainer.stages import build_state
     from trainer.vote import StopVote
 
     parts = Surroundings(overrides or [])
