@@ -19,7 +19,7 @@ from trainer.validation import problems_of as invalid
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # What lies on the reader's disk and not on ours.
-ELSEWHERE = ("dataset.path", "dataset.val_path", "dataset.info", "dataset.class_file", "init_from")
+ELSEWHERE = ("dataset.path", "dataset.val_path", "dataset.info", "dataset.class_file", "init_from", "task.teacher")
 OVERRIDE_VERBS = ("validate", "plot-lr", "show-batch", "bench-loader", "describe-data")
 RUN_VERBS = ("evaluate", "predict", "export", "extend", "clean")  # RUN_DIR, and for most of them overrides of its config
 OWN_WORDS = ("checkpoint", "classes", "split", "real_labels")
@@ -283,7 +283,8 @@ def known_keys() -> set[str]:
     choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"], ["task=part_discovery"],
                ["dataset=waterbirds"], ["dataset=cub"], ["dataset=siim_acr"],
                ["dataset=webdataset"], *([f"scheduler={p.stem}"] for p in (ROOT / "conf" / "scheduler").glob("*.yaml")),
-               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml"))]  # fmt: skip
+               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml")),
+               *([f"task={p.stem}"] for p in (ROOT / "conf" / "task").glob("*.yaml"))]  # fmt: skip
     found: set[str] = set()
     for overrides in choices:
         run, _ = checked(compose(overrides))
