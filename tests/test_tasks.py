@@ -17,6 +17,8 @@ LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "lo
           "scheduler.warmup_epochs=0"]  # fmt: skip
 SMALL: dict[str, list[str]] = {  # a task's own way of being small; all its features stay on
     "classification": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "augmentation.mixup=0.2"],
+    "dino": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "task.method=dinov2", "task.out_dim=32",
+             "task.hidden_dim=32", "task.bottleneck_dim=16", "augmentation.local_crops=2"],
 }
 
 TASKS = sorted(p.stem for p in (CONF / "task").glob("*.yaml"))
