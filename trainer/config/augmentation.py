@@ -23,6 +23,7 @@ class AugmentationConfig:
     views: ClassVar[bool] = False  # gives several views of an image, for tasks that ask for them
     moves_pixels: ClassVar[bool] = False  # otherwise than by the crop and the flip, which boxes, parts and masks follow
     needs_rgb: ClassVar[bool] = False
+    keeps_whole: ClassVar[bool] = False  # no object is cut off without its box being clipped, and none at all in validation
 
     hflip: float = setting(help="probability of a horizontal flip", ge=0, le=1)
     crop_scale: list[float] | None = setting(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,8 @@ from trainer.errors import Problem
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from trainer.pyramid import Pyramid
 
 
 @dataclass
@@ -43,6 +45,15 @@ class ModelConfig:
     def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
         """The network, ending in `num_classes` logits; with `num_classes=0`, in pooled features [N, D]."""
 
+    def build_pyramid(self, *, strides: Sequence[int], image_size: int, in_channels: int) -> Pyramid:
+        """The network without its head, as maps of these strides (for tasks that ask for a "pyramid")."""
+        raise NotImplementedError
+
+    def channel_problems(self, channels: int) -> Iterator[Problem]:
+        """What cannot work with images of this many channels."""
+        if self.in_channels is not None and self.in_channels != channels:
+            yield Problem("model.in_channels", self.in_channels, f"the images have {channels} channels", f"model.in_channels={channels}")
+
     def problems(self, at: str, image_size: int) -> Iterator[Problem]:
         multiple = self.input_multiple
         if multiple and image_size % multiple:
@@ -60,7 +71,7 @@ class ModelConfig:
 class TimmModel(ModelConfig):
     """Any network of timm."""
 
-    offers: ClassVar[frozenset[str]] = frozenset({"classifier", "features"})
+    offers: ClassVar[frozenset[str]] = frozenset({"classifier", "features", "pyramid"})
 
     drop_rate: float = setting(0.0, "dropout before the classifier, as a probability", ge=0, lt=1)
     drop_path_rate: float = setting(0.0, "stochastic depth of the last block, as a probability (arXiv:1603.09382)", ge=0, lt=1)
@@ -75,11 +86,18 @@ class TimmModel(ModelConfig):
 
         return build_timm(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
 
+    def build_pyramid(self, *, strides: Sequence[int], image_size: int, in_channels: int) -> Pyramid:
+        from trainer.pyramid import timm_pyramid
+
+        return timm_pyramid(self, strides, image_size=image_size, in_channels=in_channels)
+
 
 @schema("model", "torchvision")
 @dataclass
 class TorchvisionModel(ModelConfig):
     """Any classifier of torchvision."""
+
+    offers: ClassVar[frozenset[str]] = frozenset({"classifier", "pyramid"})
 
     @property
     def own_patch_size(self) -> int | None:
@@ -90,3 +108,8 @@ class TorchvisionModel(ModelConfig):
         from trainer.models import build_torchvision
 
         return build_torchvision(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
+
+    def build_pyramid(self, *, strides: Sequence[int], image_size: int, in_channels: int) -> Pyramid:
+        from trainer.pyramid import torchvision_pyramid
+
+        return torchvision_pyramid(self, strides, image_size=image_size, in_channels=in_channels)

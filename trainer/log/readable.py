@@ -6,12 +6,12 @@ import math
 import re
 
 # Fractions of one by their names. keypoint_nmse and losses are not among them.
-_RATE = re.compile(r"(^|_)(top\d+|acc|accuracy|map|map_\d+|ap|ap_\d+|auroc|auc|f1|precision|recall|iou|miou|nmi|ari|dice)(_|$)")
+_RATE = re.compile(r"(^|_)(top\d+|acc|accuracy|map|map_\d+|mar_\d+|ap|ap_\d+|auroc|auc|f1|precision|recall|iou|miou|nmi|ari|dice)(_|$)")
 
 
 def is_rate(name: str) -> bool:
     """Whether a metric is a fraction of one, shown in per cent: `val/top1`, `val/worst_group_top1`, `val/map_50`."""
-    return bool(_RATE.search(name.rsplit("/", 1)[-1]))
+    return bool(_RATE.search(name.split("/", 2)[min(1, name.count("/"))]))  # val/map_class/dog is a map
 
 
 def show(name: str, value: float | None) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are outside
 SPATIAL = frozenset({"boxes", "labels", "crowd", "area", "box", "parts", "mask"})  # what of a sample lies in its image's frame
+CLIPPED = frozenset({"boxes", "labels", "crowd", "area"})  # one row per object
 SCALES = (8, 4, 2)  # a JPEG can be decoded at 1/8, 1/4 and 1/2 of its size, for a fraction of the time
 
 

@@ -1,0 +1,147 @@
+"""torchvision's detectors on any pyramid. Losses, matching, sampling and suppression are torchvision's own code.
+
+Images come normalised and at their final size, so the detectors' own preprocessing is taken out; all that is left of it is
+to put images of different sizes into one batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead, TwoMLPHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from tasks.detection.simple_pyramid import SimplePyramid
+from trainer.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from tasks.detection.config import DetectionConfig
+    from trainer.pyramid import Pyramid
+
+RATIOS = (0.5, 1.0, 2.0)  # height over width of anchors
+
+
+class Batching(GeneralizedRCNNTransform):
+    """Images of different sizes into one batch, at the upper left, zeros (the mean colour) beside them."""
+
+    def __init__(self) -> None:
+        super().__init__(min_size=0, max_size=0, image_mean=[], image_std=[])
+
+    def normalize(self, image: Tensor) -> Tensor:
+        return image
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return image, target
+
+
+class Backbone(nn.Module):
+    """A network and the pyramid of equally wide maps on top of it."""
+
+    def __init__(self, body: Pyramid, fpn: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body, self.fpn, self.out_channels = body, fpn, width
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.body(images)
+        return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+
+
+def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, image_size: int) -> nn.Module:
+    """The detector, with fresh weights in all that is not the backbone's."""
+    freeze(pyramid, cfg)
+    width = cfg.width_at(image_size)
+    extra = LastLevelMaxPool() if cfg.is_rcnn else LastLevelP6P7(pyramid.channels[-1] if cfg.detector == "retinanet_v2" else width, width)
+    if pyramid.plain:
+        if cfg.detector == "retinanet_v2":
+            extra = LastLevelP6P7(width, width)
+        fpn: nn.Module = SimplePyramid(pyramid.channels[0], pyramid.strides[0], cfg.strides, width, extra)
+    else:
+        norm = nn.BatchNorm2d if cfg.detector == "faster_rcnn_v2" else None
+        fpn = FeaturePyramidNetwork(list(pyramid.channels), width, extra_blocks=extra, norm_layer=norm)
+    build = {"faster_rcnn": faster_rcnn, "faster_rcnn_v2": faster_rcnn, "retinanet": retinanet, "retinanet_v2": retinanet, "fcos": fcos}
+    try:
+        detector = build[cfg.detector](cfg, Backbone(pyramid, fpn, width), num_classes, image_size)
+    except TypeError as error:  # "… got an unexpected keyword argument", "… multiple values for"
+        if not cfg.args:
+            raise
+        raise ConfigError(Problem("task.args", cfg.args, f"torchvision's {cfg.detector} refuses them: {error}", "task.args={}")) from error
+    detector.transform = Batching()
+    return detector
+
+
+def faster_rcnn(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> FasterRCNN:
+    levels = (*cfg.strides, 2 * cfg.strides[-1])  # and the map that is made by pooling
+    anchors = AnchorGenerator(tuple((int(cfg.anchor_scale * s),) for s in levels), (RATIOS,) * len(levels))
+    samples = cfg.roi_samples_at(image_size)
+    arguments: dict[str, Any] = {
+        "rpn_anchor_generator": anchors,
+        "box_roi_pool": MultiScaleRoIAlign([str(i) for i in range(len(cfg.strides))], output_size=7, sampling_ratio=2),
+        "box_batch_size_per_image": samples,
+        "box_score_thresh": cfg.score_threshold,
+        "box_nms_thresh": cfg.nms_threshold,
+        "box_detections_per_img": cfg.max_detections,
+    }
+    width = backbone.out_channels
+    hidden = 4 * width  # torchvision's 1024 at the usual 256
+    if cfg.detector == "faster_rcnn_v2":
+        arguments["rpn_head"] = RPNHead(width, len(RATIOS), conv_depth=2)
+        arguments["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [hidden], norm_layer=nn.BatchNorm2d)
+    else:
+        arguments["box_head"] = TwoMLPHead(width * 7 * 7, hidden)
+    arguments["box_predictor"] = FastRCNNPredictor(hidden, num_classes + 1)  # class 0 is the background
+    return FasterRCNN(backbone, **arguments, **cfg.args)
+
+
+def retinanet(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> RetinaNet:
+    levels = (*cfg.strides, *(cfg.strides[-1] * n for n in (2, 4)))
+    octaves = tuple(tuple(int(cfg.anchor_scale / 2 * s * 2 ** (i / 3)) for i in range(3)) for s in levels)  # three sizes a level
+    anchors = AnchorGenerator(octaves, (RATIOS,) * len(levels))
+    arguments: dict[str, Any] = {
+        "anchor_generator": anchors, "score_thresh": cfg.score_threshold, "nms_thresh": cfg.nms_threshold, "detections_per_img": cfg.max_detections,
+    }  # fmt: skip
+    if cfg.detector == "retinanet_v2":
+        count = anchors.num_anchors_per_location()[0]
+        head = RetinaNetHead(backbone.out_channels, count, num_classes, norm_layer=partial(nn.GroupNorm, 32))
+        head.regression_head._loss_type = "giou"
+        arguments["head"] = head
+    return RetinaNet(backbone, num_classes, **arguments, **cfg.args)
+
+
+def fcos(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> FCOS:
+    return FCOS(
+        backbone, num_classes, score_thresh=cfg.score_threshold, nms_thresh=cfg.nms_threshold, detections_per_img=cfg.max_detections, **cfg.args
+    )  # fmt: skip
+
+
+def freeze(pyramid: Pyramid, cfg: DetectionConfig) -> None:
+    """Take the lowest parts of the backbone out of training, and batch norms out of adapting."""
+    depths = pyramid.depths() if cfg.freeze_stages else {}
+    if depths and cfg.freeze_stages > max(depths.values()):
+        reason = f"the backbone has {max(depths.values()) + 1} parts, of which the last must train"
+        raise ConfigError(Problem("task.freeze_stages", cfg.freeze_stages, reason, f"task.freeze_stages={max(depths.values())}"))
+    frozen = {name for name, depth in depths.items() if depth < cfg.freeze_stages}
+    for name, parameter in pyramid.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    _fix_norms(pyramid, "", None if cfg.frozen_batchnorm else frozen)
+
+
+def _fix_norms(module: nn.Module, at: str, frozen: set[str] | None) -> None:
+    """Batch norms whose weights are frozen (all: None) become a fixed scale and shift."""
+    from timm.layers import freeze_batch_norm_2d
+
+    for name, child in module.named_children():
+        path = f"{at}{name}"
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            if frozen is None or f"{path}.running_mean" in frozen:
+                setattr(module, name, freeze_batch_norm_2d(child))
+        else:
+            _fix_norms(child, f"{path}.", frozen)

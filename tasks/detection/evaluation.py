@@ -1,0 +1,107 @@
+"""COCO's scores over a validation set, the same whatever the number of ranks and the size of batches.
+
+Every image is detected among images that are padded to its own size, so what is found in it does not depend on its
+company; results are gathered by the images' places in the dataset and scored once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tasks.detection.coco import Found, Truth, coco_scores
+from tasks.detection.config import DetectionConfig
+from trainer.task import Batch
+
+DIVISOR = 32  # pixels: torchvision pads a batch to multiples of it
+
+
+class CocoEvaluator:
+    """One pass. Truths and detections are in the pixels of the image files, which is what COCO's sizes are about."""
+
+    def __init__(
+        self, model: nn.Module, cfg: DetectionConfig, classes: Sequence[str], *, offset: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.model, self.cfg, self.classes, self.offset = model, cfg, classes, offset
+        self.mean, self.std = mean, std
+        self.results: dict[int, tuple[Truth, Found]] = {}  # by place in the dataset
+        self.shown: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []  # picture, what was found, true boxes, all on the canvas
+        self.seconds = 0.0
+
+    def update(self, batch: Batch) -> None:
+        from tasks.detection.task import pictures
+
+        images = pictures(batch)
+        found = self._detect(images)
+        self._keep(images, found, batch)
+        for i, index in enumerate(batch["index"].tolist()):
+            height, width = batch["source_size"][i]
+            (h, w), result = batch["size"][i], found[i]
+            factor = torch.tensor([width / w, height / h] * 2, dtype=torch.float64, device=result["boxes"].device)
+            self.results[index] = (
+                Truth(*(_array(batch[name][i], kind) for name, kind in (
+                    ("source_boxes", np.float64), ("labels", np.int64), ("crowd", np.bool_), ("area", np.float64),
+                ))),
+                Found(_array(result["boxes"].double() * factor, np.float64), _array(result["labels"], np.int64) - self.offset, _array(result["scores"], np.float64)),
+            )  # fmt: skip
+
+    def _detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """What is found in each image, in batches of images that need the same padding."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(tuple(-(-side // DIVISOR) for side in image.shape[1:]), []).append(i)
+        found: dict[int, dict[str, Tensor]] = {}
+        started = _now(images[0].device)
+        for rows in groups.values():
+            found |= zip(rows, self.model([images[i] for i in rows]), strict=True)
+        self.seconds += _now(images[0].device) - started
+        return [found[i] for i in range(len(images))]
+
+    def _keep(self, images: Sequence[Tensor], found: Sequence[dict[str, Tensor]], batch: Batch) -> None:
+        for image, result, boxes in zip(images, found, batch["boxes"], strict=True):
+            if len(self.shown) < self.cfg.num_previews:
+                self.shown.append((image.float().cpu(), {k: v.cpu() for k, v in result.items()}, boxes.cpu()))
+
+    def compute(self) -> dict[str, float]:
+        results, seconds = self.results, self.seconds
+        if dist.is_initialized():
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.gather_object((self.results, self.seconds), everyone if dist.get_rank() == 0 else None)
+            if dist.get_rank() == 0:
+                results = {index: pair for part, _ in everyone for index, pair in part.items()}
+                seconds = sum(s for _, s in everyone)
+        scores = [self._scores(results, seconds)] if not dist.is_initialized() or dist.get_rank() == 0 else [{}]
+        if dist.is_initialized():
+            dist.broadcast_object_list(scores)
+        return scores[0]
+
+    def _scores(self, results: Mapping[int, tuple[Truth, Found]], seconds: float) -> dict[str, float]:
+        if not results:
+            return {}
+        truths, found = zip(*(results[index] for index in sorted(results)), strict=True)
+        return {**coco_scores(truths, found, self.classes, self.cfg.scorer), "seconds_per_image": seconds / len(results)}
+
+    def pictures(self) -> dict[str, Tensor]:
+        """uint8 [3, H, W] each, by name: true boxes and those found."""
+        from tasks.detection.drawing import drawn
+
+        return {
+            f"detections-{i}": drawn(image, result, boxes, self.classes, self.offset, self.mean, self.std)
+            for i, (image, result, boxes) in enumerate(self.shown)
+        }
+
+
+def _array(x: Tensor, kind: Any) -> np.ndarray:
+    return x.cpu().numpy().astype(kind)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

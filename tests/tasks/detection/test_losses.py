@@ -1,0 +1,95 @@
+"""The same weights and batch give torchvision's own losses, term by term, over ten steps; and torchvision's own weights fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection as theirs
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.resnet import resnet18
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from tasks.detection.config import DetectionConfig
+from tasks.detection.detectors import build_detector
+from tasks.detection.task import Detection
+from trainer.config.model import TorchvisionModel
+from trainer.task import Progress
+
+CLASSES = 5
+SIZES = [(64, 96), (96, 64), (80, 96)]  # (height, width): one batch of different shapes
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+TERM = 1e-6
+
+
+def ours(detector: str, name: str = "resnet18", width: int | None = None, size: int = 512) -> Detection:
+    cfg = DetectionConfig(detector=detector, width=width, roi_samples=width if detector == "faster_rcnn" else None)
+    pyramid = TorchvisionModel(name=name).build_pyramid(strides=cfg.strides, image_size=size, in_channels=3)
+    return Detection(build_detector(cfg, pyramid, num_classes=CLASSES, image_size=size), cfg, list("abcde"), MEAN, STD)
+
+
+def reference(detector: str, width: int) -> nn.Module:
+    """torchvision's, with its own preprocessing but without the random resizing."""
+    common: dict[str, Any] = {"image_mean": MEAN, "image_std": STD, "_skip_resize": True}
+    if detector == "faster_rcnn":
+        backbone = BackboneWithFPN(resnet18(), {f"layer{i + 1}": str(i) for i in range(4)}, [64, 128, 256, 512], width)
+        head, predictor = TwoMLPHead(width * 49, 4 * width), FastRCNNPredictor(4 * width, CLASSES + 1)
+        return theirs.FasterRCNN(backbone, box_head=head, box_predictor=predictor, box_batch_size_per_image=width, **common)
+    layers = {f"layer{i + 2}": str(i) for i in range(3)}
+    backbone = BackboneWithFPN(resnet18(), layers, [128, 256, 512], width, extra_blocks=LastLevelP6P7(width, width))
+    return (theirs.RetinaNet if detector == "retinanet" else theirs.FCOS)(backbone, CLASSES, **common)
+
+
+def batch(seed: int) -> tuple[list[Tensor], dict[str, Any]]:
+    """Images in [0, 1], and the batch a loader makes of them; the last image shows nothing."""
+    g = torch.Generator().manual_seed(seed)
+    images = [torch.rand(3, *size, generator=g) for size in SIZES]
+    corners = [torch.rand(n, 2, generator=g) * 30 for n in (3, 1, 0)]
+    boxes = [torch.cat([c, c + 8 + 25 * torch.rand(c.shape, generator=g)], dim=1) for c in corners]
+    labels = [torch.randint(0, CLASSES, (len(b),), generator=g) for b in boxes]
+    canvas = torch.full((len(SIZES), 3, 96, 96), 0.123)  # what lies beside a picture must not matter
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    for place, image in zip(canvas, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = (image - mean) / std
+    return images, {"image": canvas, "size": SIZES, "boxes": boxes, "labels": labels}
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "retinanet", "fcos"])
+def test_ten_steps_equal_torchvision_term_by_term(detector):
+    torch.manual_seed(0)
+    task, model = ours(detector, width=32).train(), reference(detector, width=32).train()
+    model.load_state_dict(task.model.state_dict(), strict=True)  # also: the same names and shapes
+    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in (task, model)]
+    for step in range(10):
+        images, prepared = batch(step)
+        targets = [{"boxes": b, "labels": n + task.offset} for b, n in zip(prepared["boxes"], prepared["labels"], strict=True)]
+        torch.manual_seed(step)
+        output = task(prepared, Progress(step, 10, 10))
+        torch.manual_seed(step)  # samplers draw from the global generator
+        expected = model(images, targets)
+        assert output.metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert output.metrics[name].item() == pytest.approx(value.item(), rel=TERM, abs=TERM), f"{name} at step {step}"
+        for loss, optimizer in zip((output.loss, sum(expected.values())), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("detector", "model"),
+    [("faster_rcnn", "fasterrcnn_resnet50_fpn"), ("faster_rcnn_v2", "fasterrcnn_resnet50_fpn_v2"),
+     ("retinanet", "retinanet_resnet50_fpn"), ("retinanet_v2", "retinanet_resnet50_fpn_v2"), ("fcos", "fcos_resnet50_fpn")],
+)  # fmt: skip
+def test_torchvisions_published_detectors_have_the_same_tensors(detector, model):
+    """So that their weights load by `init_from`. Frozen batch norms, theirs, have all but the counter."""
+    with torch.device("meta"):
+        classes = CLASSES + detector.startswith("faster")
+        kwargs = {"weights": None, "weights_backbone": None, "num_classes": classes}
+        expected = {k: v.shape for k, v in getattr(theirs, model)(**kwargs).state_dict().items()}
+        built = {k: v.shape for k, v in ours(detector, "resnet50").model.state_dict().items()}
+    built = {k: v for k, v in built.items() if k in expected or not k.endswith("num_batches_tracked")}
+    assert built == expected

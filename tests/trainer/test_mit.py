@@ -1,0 +1,94 @@
+"""Mix transformers are SegFormer's encoders; two of them with what joins them are as large as published."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from trainer.config.mit import VARIANTS
+from trainer.fusion import FusedPyramid
+from trainer.launch.compose import checked, compose
+from trainer.mit import MixTransformer
+
+STRIDES = (4, 8, 16, 32)
+HEADLESS = 17.1e6  # what feature pyramid, proposals and box head add to the encoders of the published table
+PUBLISHED = {"mit_b0": 27.8e6, "mit_b1": 60.0e6, "mit_b2": 82.1e6, "mit_b4": 155.4e6, "mit_b5": 196.6e6}
+RENAMED = [  # transformers' names -> ours, in this order
+    (r"patch_embeddings\.proj", "patches.proj"),
+    (r"patch_embeddings\.layer_norm", "patches.norm"),
+    (r"^stages\.(\d)\.layer_norm", r"stages.\1.norm"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"attention\.q_proj", "attn.q"),
+    (r"attention\.o_proj", "attn.proj"),
+    (r"attention\.sequence_reduction\.sequence_reduction", "attn.reduce"),
+    (r"attention\.sequence_reduction\.layer_norm", "attn.norm"),
+    (r"dwconv\.dwconv", "dwconv"),
+]
+
+
+def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, value in state.items():
+        for pattern, ours in RENAMED:
+            name = re.sub(pattern, ours, name)
+        found[name] = value
+    for key in [k for k in found if ".attention.k_proj." in k]:
+        place, kind = key.split("attention.k_proj.")
+        found[f"{place}attn.kv.{kind}"] = torch.cat([found.pop(key), found.pop(f"{place}attention.v_proj.{kind}")])
+    return found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_equal_to_transformers_in_parameters_and_with_the_same_weights_in_output(name):
+    transformers = pytest.importorskip("transformers")
+    depths, widths = VARIANTS[name]
+    config = transformers.SegformerConfig(depths=list(depths), hidden_sizes=list(widths))
+    with torch.device("meta") if name not in ("mit_b0", "mit_b2") else torch.device("cpu"):
+        theirs, ours = transformers.SegformerModel(config).eval(), MixTransformer(depths, widths).eval()
+    state = renamed(theirs.state_dict())
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    if name not in ("mit_b0", "mit_b2"):  # the others differ in depth alone
+        return
+    ours.load_state_dict(state, strict=True)
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(images, output_hidden_states=True).hidden_states
+        for map_, other in zip(ours.maps(images), expected, strict=True):
+            torch.testing.assert_close(map_, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_two_streams_have_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        network = FusedPyramid(*VARIANTS[name], STRIDES, in_channels=5, drop_path_rate=0.1)
+    count = sum(p.numel() for p in network.parameters()) + HEADLESS
+    assert count == pytest.approx(PUBLISHED[name], rel=0.02)
+
+
+def test_each_stream_hears_the_other_and_every_parameter_learns():
+    torch.manual_seed(0)
+    network = FusedPyramid((1, 1, 1, 1), (32, 64, 160, 256), STRIDES, in_channels=5, drop_path_rate=0.0).train()
+    images = torch.rand(2, 5, 64, 64, requires_grad=True)
+    maps = network(images)
+    assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 64 // s) for c, s in zip(network.channels, STRIDES, strict=True)]
+    sum(m.square().sum() for m in maps).backward()
+    assert (images.grad.abs().sum((0, 2, 3)) > 0).all(), "every channel is looked at"
+    assert [n for n, p in network.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model.name=mit_b9"], "model.name"),
+        (["model.pretrained=true"], "model.pretrained"),
+        (["model.fusion=concatenation"], "model.fusion"),
+        (["model.fusion=cross_attention"], "model.fusion"),  # digits are grey, repeated to three channels
+        (["model.patch_size=7"], "model.patch_size"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_built(overrides, key):
+    _, problems = checked(compose(["model=mit_b0", "dataset.image_size=64", *overrides]))
+    assert key in [p.key for p in problems]

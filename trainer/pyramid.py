@@ -1,0 +1,185 @@
+"""Networks as maps of falling resolution, for tasks that look at places in an image. Knows nothing of those tasks.
+
+A network keeps the parameter names of its library, below `net` (torchvision's: bare), so weights of a classifier, or of a
+network that learned without labels, fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer import models
+from trainer.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
+
+PROBE = 128  # pixels of the image that is sent through to find where a network halves its maps
+
+
+class Pyramid(nn.Module):
+    """A network that ends in maps.
+
+    Attributes:
+        channels, strides: of each map.
+        plain: all maps would have the stride of the one there is, `strides[0]`: a network of patches.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    plain = False
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[N, C, H, W] -> maps [N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])]."""
+        raise NotImplementedError
+
+    def depths(self) -> dict[str, int]:
+        """How far up each parameter and buffer is: 0 for the stem, then stage by stage (a network of patches: block by block)."""
+        raise NotImplementedError
+
+
+class TimmPyramid(Pyramid):
+    """A network of timm's, by its intermediate maps.
+
+    Args:
+        fixed: side in pixels of the images it was built for, where it takes no others: smaller ones are put into a corner.
+    """
+
+    def __init__(
+        self, net: nn.Module, places: Sequence[int], channels: Sequence[int], strides: Sequence[int], *, fixed: int | None, plain: bool
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.places, self.channels, self.strides = list(places), tuple(channels), tuple(strides)
+        self.fixed, self.plain = fixed, plain
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        height, width = images.shape[-2:]
+        if self.fixed is not None and (height, width) != (self.fixed, self.fixed):
+            images = F.pad(images, (0, self.fixed - width, 0, self.fixed - height))
+        maps = cast(Any, self.net).forward_intermediates(images, indices=self.places, intermediates_only=True, output_fmt="NCHW")
+        return [m[:, :, : -(-height // s), : -(-width // s)].contiguous() for m, s in zip(maps, self.strides, strict=True)]
+
+    def depths(self) -> dict[str, int]:
+        from timm.models import group_parameters
+
+        layers: dict[str, int] = group_parameters(self.net, cast(Any, self.net).group_matcher(coarse=True), reverse=True)  # type: ignore[assignment]
+        of_module = {name.rpartition(".")[0]: int(layer) for name, layer in layers.items()}
+        found = {f"net.{name}": int(layer) for name, layer in layers.items()}
+        # Running statistics go with the weights beside them.
+        return found | {f"net.{n}": of_module.get(n.rpartition(".")[0], max(found.values())) for n, _ in self.net.named_buffers()}
+
+
+def timm_pyramid(cfg: TimmModel, strides: Sequence[int], *, image_size: int, in_channels: int) -> Pyramid:
+    """Maps of the asked strides; of a network of patches, its one map, of which others are to be made."""
+    import timm
+
+    metadata = timm.models.get_pretrained_cfg(cfg.name) if ":" not in cfg.name and timm.is_model(cfg.name.partition(".")[0]) else None
+    fixed = None
+    if metadata is not None and metadata.fixed_input_size:
+        fixed = image_size = -(-image_size // 32) * 32
+    net = cast(Any, models.build_timm(cfg, num_classes=0, image_size=image_size, in_channels=in_channels))
+    if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
+        raise ConfigError(Problem("model.name", cfg.name, "timm takes no intermediate maps out of this network", "model=resnet50"))
+    info = [
+        (int(i["num_chs"]), int(i["reduction"]))
+        for i in (net.feature_info if isinstance(net.feature_info, list) else net.feature_info.info)
+    ]
+    found = {stride: place for place, (_, stride) in enumerate(info)}  # the last map of each stride
+    plain = len(found) == 1
+    if plain:
+        places = [len(info) - 1]
+        _check_patches(cfg, info[-1][1])
+    else:
+        places = _places(cfg, strides, found)
+    net.prune_intermediate_layers(places, prune_norm=True, prune_head=True)
+    return TimmPyramid(net, places, [info[p][0] for p in places], [info[p][1] for p in places], fixed=fixed, plain=plain)
+
+
+def _places(cfg: ModelConfig, strides: Sequence[int], found: dict[int, int]) -> list[int]:
+    missing = [s for s in strides if s not in found]
+    if missing:
+        reason = (
+            f"has maps of stride {', '.join(map(str, sorted(found)))}, and maps of stride {', '.join(map(str, strides))} are needed: every "
+            "one half the size of the one before"
+        )
+        raise ConfigError(Problem("model.name", cfg.name, reason, "model=resnet50, convnext_tiny, mit_b0, …"))
+    return [found[s] for s in strides]
+
+
+def _check_patches(cfg: ModelConfig, patch: int) -> None:
+    if math.log2(patch) % 1:
+        reason = f"cuts images into patches of {patch} pixels, and the maps' strides must be powers of two"
+        raise ConfigError(Problem("model.patch_size", patch, reason, "model.patch_size=16"))
+
+
+# --- torchvision --------------------------------------------------------------------------------------------------------
+
+
+class TorchvisionPyramid(nn.ModuleDict, Pyramid):
+    """The parts of a network of torchvision's, one after the other, under torchvision's names."""
+
+    def __init__(
+        self,
+        parts: OrderedDict[str, nn.Module],
+        ends: Sequence[str],
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        channels_last: bool,
+    ) -> None:
+        nn.ModuleDict.__init__(self, parts)
+        self.ends, self.channels, self.strides, self.nhwc = list(ends), tuple(channels), tuple(strides), channels_last
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = []
+        for name, part in self.items():
+            images = part(images)
+            if name in self.ends:
+                maps.append(images.permute(0, 3, 1, 2).contiguous() if self.nhwc else images)
+        return maps
+
+    def depths(self) -> dict[str, int]:
+        order, depth = {}, 0
+        for name, part in self.items():
+            # ResNets keep what comes before their first stage apart; elsewhere a stage is what ends in a map.
+            depth += name.startswith("layer")
+            order |= dict.fromkeys((f"{name}.{n}" for n in part.state_dict()), depth)
+            depth += name in self.ends and not name.startswith("layer")
+        return order
+
+
+def torchvision_pyramid(cfg: TorchvisionModel, strides: Sequence[int], *, image_size: int, in_channels: int) -> Pyramid:
+    """Maps of the asked strides out of any of torchvision's networks that goes from part to part."""
+    net = models.build_torchvision(cfg, num_classes=0, image_size=max(image_size, PROBE), in_channels=in_channels)
+    if isinstance(features := getattr(net, "features", None), nn.Sequential):
+        parts = OrderedDict(features.named_children())
+    elif hasattr(net, "layer4"):
+        parts = OrderedDict((name, part) for name, part in net.named_children() if name not in ("avgpool", "fc"))
+    elif hasattr(net, "trunk_output"):  # RegNet
+        parts = OrderedDict([("stem", net.stem), *((f"{name}", part) for name, part in cast(nn.Module, net.trunk_output).named_children())])
+    else:
+        reason = "goes from patches to a class without maps in between, or by branches that cannot be followed"
+        raise ConfigError(Problem("model.name", cfg.name, reason, "model=timm model.name=<timm's name of it>, or model=resnet50"))
+    nhwc = cfg.name.startswith("swin")
+    found: dict[int, tuple[str, int]] = {}  # stride -> last part that has it, channels
+    x = torch.zeros(1, cfg.in_channels or in_channels, PROBE, PROBE)
+    net.eval()
+    with torch.no_grad():
+        for name, part in parts.items():
+            x = part(x)
+            side, channels = (x.shape[1], x.shape[3]) if nhwc else (x.shape[2], x.shape[1])
+            found[PROBE // side] = (name, channels)
+    net.train()
+    _places(cfg, strides, dict.fromkeys(found, 0))
+    last = list(parts).index(found[strides[-1]][0])
+    kept = OrderedDict(list(parts.items())[: last + 1])
+    chosen = [found[s] for s in strides]
+    return TorchvisionPyramid(kept, [name for name, _ in chosen], [c for _, c in chosen], strides, channels_last=nhwc)
