@@ -118,9 +118,7 @@ def test_a_typo_in_one_of_a_hundred_jobs_stops_them_all(launch, tmp_path):
 
 
 def test_a_key_that_only_some_choices_have():
-    with pytest.raises(
-        ConfigError, match=r"this optimizer has no momentum.*\(job 0 of 4: optimizer=adamw optimizer\.momentum=0\.8\)"
-    ):
+    with pytest.raises(ConfigError, match=r"this optimizer has no momentum.*\(job 0 of 4: optimizer=adamw optimizer\.momentum=0\.8\)"):
         plan(["optimizer=adamw,sgd", "optimizer.momentum=0.8,0.9"])
 
 

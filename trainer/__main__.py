@@ -25,11 +25,16 @@ VERBS = {  # verb -> (module:function, what it does)
         "PATH ...: how the jobs of a sweep are doing, live: state, step, time left, metric, why it failed",
     ),
     "report": ("trainer.sweep.report:main", "PATH ...: the table over seeds of a sweep or of any runs: report.{md,csv,tex,json,html}"),
-    "diff": ("trainer.sweep.diff:main", "A B: what differs between two runs: configuration, code, environment, metrics"),
+    "diff": ("trainer.sweep.diff:main", "A B: what differs between two runs or two sweeps: configuration, code, environment, results"),
     "reproduce": (
         "trainer.sweep.reproduce:main",
         "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first",
     ),
+    "dashboard": (
+        "trainer.sweep.dashboard:main",
+        "SWEEP: a saved report in W&B: curves with bands over seeds, parallel coordinates, the table",
+    ),
+    "sync": ("trainer.sweep.sync:main", "[PATH ...]: upload to W&B what it could not be told while the runs went"),
     "evaluate": (
         "trainer.launch.evaluate:main",
         "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's network measured as in validation, on these or other data",

@@ -113,7 +113,7 @@ def task_and_augmentation(run: RunConfig, facts: Facts) -> Iterator[Problem]:
             else "gives one view of an image, and this task compares several"
         )
         yield Problem("augmentation", chosen, reason, f"augmentation={'basic' if augmentation.views else 'dino'}")
-    elif augmentation.moves_pixels and (lost := run.task.needs & {"boxes", "box", "parts", "mask"}):
+    elif (augmentation.moves_pixels or augmentation.shift) and (lost := run.task.needs & {"boxes", "box", "parts", "mask"}):
         yield Problem("augmentation", chosen, f"moves pixels in ways that {_and(lost)} cannot follow", "augmentation=basic")
     if augmentation.changes_colour and facts.channels != 3:
         yield Problem("augmentation", chosen, f"changes colours, and the images have {facts.channels} channels", "augmentation=basic")

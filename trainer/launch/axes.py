@@ -59,7 +59,7 @@ def _values(line: str, composer: Composer, problems: list[Problem]) -> list[str]
     key = override.get_key_element()
     if not override.is_discrete_sweep():
         kind = str(override.get_value_string())
-        problems.append(Problem(key, kind, "is a range to be searched, which hydra/sweeper=basic cannot", f"{key}=<value>,<value>"))
+        problems.append(Problem(key, kind, "is a range to be searched: say how many jobs are to be drawn", "+sweep.random=20"))
         return []
     values = [f"{key}={value}" for value in override.sweep_string_iterator()]
     if not values:

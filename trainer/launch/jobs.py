@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -21,6 +22,7 @@ from trainer.config.launcher import LAUNCHERS, LauncherConfig, SlurmLauncherConf
 from trainer.errors import ConfigError, Problem
 from trainer.launch.axes import expand, is_sweep, key_of
 from trainer.launch.compose import Composed, Composer, apply_to, checked, parse_line
+from trainer.launch.draw import drawn
 from trainer.launch.resolve import to_object
 from trainer.launch.resources import resources_for
 from trainer.rundir import run_directory
@@ -62,6 +64,7 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
     """
     with Composer(config_dir) as composer:
         own, lines = _partition(overrides)
+        lines, rows = drawn(lines, OverridesParser.create(config_loader=composer.loader))
         first = composer.compose([line for line in lines if not is_sweep(line)])
         chosen = first.hydra.runtime.choices
         if chosen["hydra/launcher"] not in LAUNCHERS or chosen["hydra/sweeper"] != "basic":
@@ -72,6 +75,7 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
         assert isinstance(params, dict)
         given = {key_of(line) for line in lines}
         base, swept = expand([*(f"{key}={value}" for key, value in params.items() if key not in given), *lines], composer)
+        swept = [[*row, *job] for row in rows for job in swept]
         jobs, found = checked_jobs(composer, base, swept, settings)
         problems += found
         run, _ = checked(composer.compose(base)) if base or not jobs else (jobs[0].run, [])
