@@ -130,7 +130,7 @@ def test_a_rank_killed_on_the_other_node_ends_the_job(slurm, sweep):
     hosts = {(path(manifest) / f"rank{rank}").read_text().split()[0] for rank in range(2)}
     assert len(hosts) == 2
     os.kill(int(other.read_text().split()[2]), signal.SIGKILL)
-    slurm.comes(job, "FAILED", seconds=30)
+    slurm.comes(job, "FAILED")
     assert how(manifest) == ["failed"]
 
 
