@@ -87,7 +87,6 @@ def _submit(manifest: Manifest, batch: Sequence[Job], *, held: bool, canary: boo
     write_atomically(folder / SCRIPT, script(manifest, batch, folder, canary=canary))
     for job in batch:
         job.attempts += 1
-        manifest.directory(job).status("queued", reason=None)
     manifest.save()
     command = ["sbatch", "--parsable", *(["--hold"] if held else []), str(folder / SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, env=cluster.clean_environment(), cwd=_cwd(manifest))
