@@ -26,7 +26,7 @@ FOLDER, JOBS, SCRIPT = "slurm", "jobs.json", "job.sbatch"
 _MARK = "trainyard:"  # begins the comment by which a job is known again after its launcher has died
 _RENAMED = {"timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 _END_TIME = [  # SLURM says it by itself since 23.02; a run stops in time for a last checkpoint
-    'end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)',
+    'end=$(squeue -h -j "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" -o %e 2>/dev/null)',
     'case "$SLURM_JOB_END_TIME$end" in 20??-*) export SLURM_JOB_END_TIME=$(date -d "$end" +%s) ;; esac',
 ]
 _ON_LINE = {"partition": "partition", "nodes": "nodes", "account": "account", "qos": "qos", "constraint": "constraint", "gres": "gres"}
