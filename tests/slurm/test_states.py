@@ -178,8 +178,9 @@ def test_canary(slurm, sweep):
     began = [float((path(manifest, n) / light.RAN).read_text()) for n in range(3)]
     assert min(began[1:]) > began[0]
     bad = sweep("diverge", "work 0", canary=True)
-    path(bad).joinpath("result.json").unlink()
-    path(bad, 1).joinpath("result.json").unlink()
+    for job in bad.jobs:  # the same directories: nothing is finished there
+        bad.directory(job).result_path.unlink()
+        bad.directory(job).status("queued", reason=None)
     ids = submit(bad)
     slurm.comes(ids[0], "FAILED")
     slurm.until(lambda: how(bad) == ["failed", "held"], "the rest held")

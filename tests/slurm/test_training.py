@@ -16,6 +16,7 @@ from trainer.rundir import RunDirectory
 from trainer.sweep import cluster
 from trainer.sweep.manifest import Manifest, states
 
+LONGER = "loop.epochs=10"  # so that nothing ends before it is interrupted
 LAUNCH = ["hydra/launcher=slurm", "hydra.launcher.nodes=2", "hydra.launcher.timeout_min=30"]
 
 
@@ -75,7 +76,7 @@ def test_a_run_on_two_nodes_is_queued_again_and_ends_in_the_same_weights(slurm, 
 @pytest.mark.slow
 def test_two_arms_of_three_seeds_with_everything_that_happens(slurm, environment, tmp_path, monkeypatch):
     """An array of six jobs of two nodes each: an urgent job takes the nodes, SLURM requeues, a signal, a rank killed, a job cancelled."""
-    manifest = queue(tmp_path, "seed=42,195,335", "optimizer.lr=1e-3,3e-4", "hydra.launcher.array_parallelism=2")
+    manifest = queue(tmp_path, "seed=42,195,335", "optimizer.lr=1e-3,3e-4", "hydra.launcher.array_parallelism=2", LONGER)
     jobs = manifest.jobs
     of = [manifest.directory(job) for job in jobs]
 
@@ -104,7 +105,7 @@ def test_two_arms_of_three_seeds_with_everything_that_happens(slurm, environment
     assert "killed" in (found[4].reason or "")
     monkeypatch.delenv("TRAINYARD_CHECKPOINT_FAULT")
     for job, directory in list(zip(jobs, of, strict=True))[:4]:
-        assert weights(directory.path) == unbroken(tmp_path, *job.overrides)
+        assert weights(directory.path) == unbroken(tmp_path, *job.overrides, LONGER)
 
 
 @pytest.mark.slow
