@@ -16,6 +16,7 @@ from trainer.launch.door import guarded
 VERBS = {  # verb -> (module:function, what it does)
     "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),
     "validate": ("trainer.launch.check:main", "OVERRIDES: everything that is wrong with a run, without starting it"),
+    "plan": ("trainer.launch.plan:main", "OVERRIDES: a sweep without starting it: its jobs, GPU hours and disk"),
     "resume": ("trainer.sweep.verbs:resume", "DIR [JOB ...]: start what is left of a sweep, or go on with a run"),
     "retry": ("trainer.sweep.verbs:retry", "SWEEP [JOB ...]: start again what failed, as the cause allows"),
     "cancel": ("trainer.sweep.verbs:cancel", "DIR [JOB ...]: stop queued and running jobs of a sweep, or a run"),

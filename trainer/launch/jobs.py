@@ -139,7 +139,7 @@ def checked_jobs(
         try:
             composed = composer.compose([*base, *own])
             resources = resources_for(composed, settings)
-            with as_if(_ranks(settings, resources)):
+            with as_if(ranks_of(settings, resources)):
                 run, problems = checked(composed)
         except ConfigError as error:
             run, problems, resources = None, [p for p in error.problems if isinstance(p, Problem)], {}
@@ -152,7 +152,7 @@ def checked_jobs(
     return jobs, [_located(problem, indices, swept) for problem, indices in found.values()]
 
 
-def _ranks(settings: LauncherConfig, resources: dict[str, Any]) -> int | None:
+def ranks_of(settings: LauncherConfig, resources: dict[str, Any]) -> int | None:
     """Processes of one job; None where it is the host's affair."""
     if not isinstance(settings, SlurmLauncherConfig):
         return getattr(settings, "gpus_per_job", None) or None

@@ -94,6 +94,8 @@ class Journal:
         self.totals.since = seconds
         if self.epochs is not None:
             self._append(self.epochs, full)
+        if self.plotter is not None:
+            self.plotter.epoch()
         if row.get("is_best"):
             for relay in self.relays:
                 relay.send(lambda sink: sink.best(full))
