@@ -14,7 +14,7 @@ from trainer.launch.compose import checked, compose
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 ELSEWHERE = ("dataset.path", "dataset.val_path", "init_from")  # what lies on the reader's disk and not on ours
-OVERRIDE_VERBS = ("validate", "plot-lr", "show-batch", "bench-loader", "describe-data")
+OVERRIDE_VERBS = ("validate", "plot-lr", "find-lr", "show-batch", "bench-loader", "describe-data")
 
 
 def commands() -> list[tuple[str, str]]:
