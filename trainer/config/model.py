@@ -69,19 +69,51 @@ class ModelConfig:
 @schema("model", "timm")
 @dataclass
 class TimmModel(ModelConfig):
-    """Any network of timm."""
+    """Any network of timm, and with `source=huggingface` DINOv2 networks of Hugging Face's hub."""
 
     offers: ClassVar[frozenset[str]] = frozenset({"classifier", "features", "pyramid"})
 
+    source: str = setting(
+        "timm", "who has the network: timm, or huggingface, where name is a DINOv2 repository of the hub or its folder", choices=["timm", "huggingface"]
+    )  # fmt: skip
     drop_rate: float = setting(0.0, "dropout before the classifier, as a probability", ge=0, lt=1)
     drop_path_rate: float = setting(0.0, "stochastic depth of the last block, as a probability (arXiv:1603.09382)", ge=0, lt=1)
+    conv_stem: list[int] | None = setting(
+        None,
+        "vision transformers: channels of 3 x 3 convolutions of stride 2 in place of the patches, which learn faster from few images (arXiv:2106.14881); null = patches",
+        ge=1,
+    )
 
     @property
     def own_patch_size(self) -> int | None:
+        if self.conv_stem:
+            return 2 ** len(self.conv_stem)
         found = re.search(r"patch(\d+)", self.name)  # vit_base_patch16_224, swin_tiny_patch4_window7_224
         return int(found[1]) if found else None
 
+    def problems(self, at: str, image_size: int) -> Iterator[Problem]:
+        yield from super().problems(at, image_size)
+        if self.conv_stem and self.patch_size:
+            yield Problem(
+                f"{at}.patch_size",
+                self.patch_size,
+                f"{at}.conv_stem makes patches of {self.own_patch_size} pixels",
+                f"{at}.patch_size=null",
+            )
+        if self.source == "huggingface":
+            for key in ("conv_stem", "patch_size"):
+                if getattr(self, key):
+                    yield Problem(
+                        f"{at}.{key}", getattr(self, key), "networks of the hub are what their config.json says", f"{at}.{key}=null"
+                    )
+        elif self.conv_stem and self.pretrained:
+            yield Problem(f"{at}.conv_stem", self.conv_stem, "no published weights have such a stem", f"{at}.conv_stem=null")
+
     def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        if self.source == "huggingface":
+            from trainer.dinov2 import build_dinov2
+
+            return build_dinov2(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
         from trainer.models import build_timm
 
         return build_timm(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
