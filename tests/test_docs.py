@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # What lies on the reader's disk and not on ours.
 ELSEWHERE = ("dataset.path", "dataset.val_path", "dataset.info", "dataset.class_file", "init_from", "task.teacher")
-OVERRIDE_VERBS = ("validate", "plot-lr", "show-batch", "bench-loader", "describe-data")
+OVERRIDE_VERBS = ("validate", "plot-lr", "find-lr", "show-batch", "bench-loader", "describe-data")
 RUN_VERBS = ("evaluate", "predict", "export", "extend", "clean")  # RUN_DIR, and for most of them overrides of its config
 OWN_WORDS = ("checkpoint", "classes", "split", "real_labels")
 

@@ -291,6 +291,8 @@ def warnings_of(run: RunConfig) -> Iterator[str]:
     wandb = run.logger.wandb
     if not wandb.enabled and (wandb.resume_id or wandb.watch):
         yield "logger.wandb: settings without effect, as W&B is off; logger=wandb turns it on"
+    if run.loop.freeze_to is not None and run.init_from is None and not run.model.pretrained:
+        yield f"loop.freeze_to={run.loop.freeze_to}: what it freezes is untrained, as neither init_from nor model.pretrained is set"
     if run.init_from is not None and run.model.pretrained:
         yield f"init_from={run.init_from}: replaces the weights that model.pretrained=true fetches"
 
