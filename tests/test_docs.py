@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 
 from trainer.__main__ import VERBS
-from trainer.errors import Problem
+from trainer.errors import ConfigError, Problem
 from trainer.launch.amend import amended
 from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.jobs import plan
 from trainer.validation import problems_of as invalid
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # What lies on the reader's disk and not on ours.
-ELSEWHERE = ("dataset.path", "dataset.val_path", "dataset.info", "dataset.class_file", "init_from")
+ELSEWHERE = ("dataset.path", "dataset.val_path", "dataset.info", "dataset.class_file", "init_from", "task.teacher")
 OVERRIDE_VERBS = ("validate", "plot-lr", "show-batch", "bench-loader", "describe-data")
 RUN_VERBS = ("evaluate", "predict", "export", "extend", "clean")  # RUN_DIR, and for most of them overrides of its config
 OWN_WORDS = ("checkpoint", "classes", "split", "real_labels")
@@ -55,6 +56,15 @@ def test_command(document, command, tmp_path):
         assert not problems, "\n".join(map(str, problems))
 
 
+def sweep_problems(overrides: list[str]) -> list[Problem]:
+    """What is wrong with a sweep, but for what only the cluster can say, and this host's lack of GPUs."""
+    try:
+        plan([o for o in overrides if "gpus_per_job" not in o])
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
 def problems_of(command: str, tmp_path: Path) -> list[Problem]:
     """Everything wrong with a command of one of our programs, but for what lies on the reader's disk."""
     words = shlex.split(command, comments=True)
@@ -71,7 +81,8 @@ def problems_of(command: str, tmp_path: Path) -> list[Problem]:
         (tmp_path / "experiment").mkdir()
         for name in ("mine", "base"):
             (tmp_path / "experiment" / f"{name}.yaml").write_text("# @package _global_\nname: mine\nloop: {epochs: 3}\n")
-    overrides = [o.split(",")[0] if "-m" in words and "=" in o and "[" not in o else o for o in overrides]
+    if ("-m" in words and "trainer" not in words) or any(o.startswith("hydra/launcher=") for o in overrides):
+        return sweep_problems([o for o in overrides if "sweep.file=" not in o])
     _, problems = checked(compose(overrides, config_dir))
     return [p for p in problems if p.key not in ELSEWHERE]
 
@@ -269,9 +280,11 @@ def known_keys() -> set[str]:
             if dataclasses.is_dataclass(value):
                 yield from walk(value, f"{prefix}{field.name}.")
 
-    choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"],
+    choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"], ["task=part_discovery"],
+               ["dataset=waterbirds"], ["dataset=cub"], ["dataset=siim_acr"],
                ["dataset=webdataset"], *([f"scheduler={p.stem}"] for p in (ROOT / "conf" / "scheduler").glob("*.yaml")),
-               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml"))]  # fmt: skip
+               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml")),
+               *([f"task={p.stem}"] for p in (ROOT / "conf" / "task").glob("*.yaml"))]  # fmt: skip
     found: set[str] = set()
     for overrides in choices:
         run, _ = checked(compose(overrides))
