@@ -63,7 +63,7 @@ def sweep_problems(overrides: list[str]) -> list[Problem]:
     try:
         plan([o for o in overrides if "gpus_per_job" not in o])
     except ConfigError as error:
-        return list(error.problems)
+        return [p for p in error.problems if isinstance(p, Problem)]
     return []
 
 
