@@ -73,7 +73,7 @@ def write(directory: RunDirectory, run: RunConfig, checkpoint: str, kinds: Seque
 
     metadata = describe(run, saved["classes"], saved["channels"])
     with torch.random.fork_rng(devices=[]):
-        parcel = Parcel(network, lambda: load_task(directory.path, checkpoint, run)[0].network(), run, metadata, pixels, original)
+        parcel = Parcel(task.network(), lambda: load_task(directory.path, checkpoint, run)[0].network(), run, metadata, pixels, original)
         files = {}
         for kind in kinds:
             path = out / f"model{FORMATS[kind].suffix}"
