@@ -247,7 +247,7 @@ def _length(run: RunConfig, num_train: int) -> Iterator[Problem]:
 RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
 
 
-RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, readers, length)
+RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, stages, readers, length)
 """What is of no matter to a run whose weights are there already."""
 
 
