@@ -246,19 +246,8 @@ def _length(run: RunConfig, num_train: int) -> Iterator[Problem]:
 
 RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
 
-
 RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, stages, readers, length)
 """What is of no matter to a run whose weights are there already."""
-
-
-def total_steps(run: RunConfig) -> int | None:
-    """Optimizer steps of the whole run; None where nobody knows yet how many images there are."""
-    if run.loop.steps is not None:
-        return run.loop.steps
-    facts, _ = _facts(run)
-    if facts is None or facts.num_train is None:
-        return None
-    return (run.loop.epochs or run.loop.default_epochs) * steps_per_epoch(run, facts.num_train)
 
 
 def steps_per_epoch(run: RunConfig, num_train: int) -> int:
