@@ -61,7 +61,7 @@ def teacher(seed: int = 1, *, look: Look = IMAGENET, features: bool = False, nam
 
 
 def task(student: nn.Module, cfg: KdConfig, *teachers: Teacher) -> Kd:
-    return Kd(student, cfg, teachers, 10, student_width=int(student.num_features))  # type: ignore[arg-type]
+    return Kd(student, cfg, teachers, CLASSES, student_width=int(student.num_features))  # type: ignore[arg-type]
 
 
 # --- against timm and the formulas ---------------------------------------------------------------------------------------
