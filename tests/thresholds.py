@@ -24,3 +24,5 @@ PARITY_LOSS = 1e-5  # relative, over ten steps against timm's own pieces: the sa
 
 PAGE_MILLISECONDS = 6000  # promised 2,000 for 500 jobs on a quiet machine, where it takes 250: the benchmark judges that
 SWEEP_SECONDS_PER_JOB = 0.03  # of CPU, to compose and check a job of a sweep; it takes 0.01, and composing it by itself 0.1
+
+FILLS_IN = 0.92  # loss of MAE after 40 steps on digits; to predict the mean of every patch costs 0.954, measured 0.87

@@ -352,3 +352,5 @@ def test_unlabelled_images_are_enough(trained, tmp_path):
     )
     assert result["metric"] == "val/loss"
     assert set(result["last"]) == {"step", "epoch", "val/loss", "val/seconds"}
+    first, last = (result["history"][i]["val/loss"] for i in (0, -1))
+    assert last < first, "it comes closer to its teacher"
