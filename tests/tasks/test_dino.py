@@ -129,7 +129,7 @@ def test_pictures_of_attention(done):
     with Image.open(picture) as image:
         heads = timm.create_model("test_vit").blocks[-1].attn.num_heads  # type: ignore[index]
         assert image.size == ((heads + 2) * 16, 8 * 16)
-        assert image.convert("L").getextrema()[0] < image.convert("L").getextrema()[1]
+        assert len(image.convert("L").getcolors() or ()) > 20
 
 
 def test_attention_maps_are_the_networks_own():
