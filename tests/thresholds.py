@@ -20,5 +20,7 @@ WANDB_EXIT_SECONDS = 40.0  # with logger.wandb.timeout=10, alone 12 s; without a
 DISPLAY_SECONDS_PER_STEP = 2e-6  # two attribute accesses take 0.1 us; a progress bar's own update call takes 10
 
 LEARNS = 0.9  # of the loss at the start, after 30 steps of an optimizer (LARS: 300) at its choice's own rate; measured 0 to 0.76
+PARITY_LOSS = 1e-5  # relative, over ten steps against timm's own pieces: the same arithmetic, added up by fused kernels in another order
 
 PAGE_MILLISECONDS = 6000  # promised 2,000 for 500 jobs on a quiet machine, where it takes 250: the benchmark judges that
+SWEEP_SECONDS_PER_JOB = 0.03  # of CPU, to compose and check a job of a sweep; it takes 0.01, and composing it by itself 0.1

@@ -58,11 +58,14 @@ class Parcel:
 class Package(nn.Module):
     """Pixels in, outputs out."""
 
+    scale: Tensor  # [1, C or 1, 1, 1]
+    shift: Tensor
+
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network = network
         scale, shift = 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
-        self.register_buffer("scale", scale.view(1, -1, 1, 1))  # [1, C or 1, 1, 1]
+        self.register_buffer("scale", scale.view(1, -1, 1, 1))
         self.register_buffer("shift", shift.view(1, -1, 1, 1))
 
     def forward(self, pixels: Tensor) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,8 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
         "drop_path_rate": cfg.drop_path_rate or None,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None} | cfg.args
+    if cfg.conv_stem:
+        arguments |= _stem(cfg.conv_stem, cfg.in_channels or in_channels)
     if metadata is not None and metadata.fixed_input_size:  # position embeddings, relative positions, windows
         arguments.setdefault("img_size", image_size)
     if cfg.pretrained and metadata is not None and "pretrained_cfg_overlay" not in cfg.args:
@@ -57,6 +60,15 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
         raise _refused(error, cfg, arguments, image_size, "timm") from error
     _try_small(model, cfg, in_channels, image_size)
     return model
+
+
+def _stem(channels: list[int], in_channels: int) -> dict[str, Any]:
+    """Arguments of timm's vision transformers that put convolutions, each halving the image, before the blocks."""
+    from timm.layers import ConvNormAct, HybridEmbed
+
+    widths = zip([in_channels, *channels], channels, strict=False)
+    convolutions = nn.Sequential(*(ConvNormAct(before, after, kernel_size=3, stride=2) for before, after in widths))
+    return {"patch_size": 1, "embed_layer": partial(HybridEmbed, backbone=convolutions)}
 
 
 def _check_timm_name(name: str) -> None:

@@ -21,7 +21,7 @@ from trainer.errors import ConfigError, Problem
 
 def timm_weights_within_reach(name: str, metadata: Any) -> None:
     """Return where timm's weights are cached here or their host can be found; raise ConfigError otherwise."""
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     if not (metadata.hf_hub_id or metadata.url or metadata.file or metadata.state_dict):
         raise ConfigError(Problem("model.pretrained", True, f"there are no published weights of {name}", "model.pretrained=false"))
@@ -31,8 +31,15 @@ def timm_weights_within_reach(name: str, metadata: Any) -> None:
     repository, _, revision = metadata.hf_hub_id.partition("@")
     if any(isinstance(try_to_load_from_cache(repository, file, revision=revision or None), str) for file in files):
         return
-    where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
+    hub_within_reach(repository)
+
+
+def hub_within_reach(repository: str) -> None:
+    """Return where Hugging Face's hub can be asked for what is not cached; raise ConfigError otherwise."""
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE or not _host_has_a_name(constants.ENDPOINT):
+        where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
         raise ConfigError(_no_weights(f"{constants.ENDPOINT}/{repository}", where))
 
 

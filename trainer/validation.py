@@ -113,7 +113,7 @@ def task_and_augmentation(run: RunConfig, facts: Facts) -> Iterator[Problem]:
             else "gives one view of an image, and this task compares several"
         )
         yield Problem("augmentation", chosen, reason, f"augmentation={'basic' if augmentation.views else 'dino'}")
-    elif augmentation.moves_pixels and (lost := run.task.needs & {"boxes", "box", "parts", "mask"}):
+    elif (augmentation.moves_pixels or augmentation.shift) and (lost := run.task.needs & {"boxes", "box", "parts", "mask"}):
         yield Problem("augmentation", chosen, f"moves pixels in ways that {_and(lost)} cannot follow", "augmentation=basic")
     if augmentation.changes_colour and facts.channels != 3:
         yield Problem("augmentation", chosen, f"changes colours, and the images have {facts.channels} channels", "augmentation=basic")
@@ -249,6 +249,16 @@ RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
 
 RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, readers, length)
 """What is of no matter to a run whose weights are there already."""
+
+
+def total_steps(run: RunConfig) -> int | None:
+    """Optimizer steps of the whole run; None where nobody knows yet how many images there are."""
+    if run.loop.steps is not None:
+        return run.loop.steps
+    facts, _ = _facts(run)
+    if facts is None or facts.num_train is None:
+        return None
+    return (run.loop.epochs or run.loop.default_epochs) * steps_per_epoch(run, facts.num_train)
 
 
 def steps_per_epoch(run: RunConfig, num_train: int) -> int:

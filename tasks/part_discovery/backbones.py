@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +30,16 @@ def vision_transformer(model: nn.Module, name: str, *, class_token: bool) -> Vis
     return model
 
 
+def headless(network: nn.Module) -> nn.Module:
+    """The same network without what comes after its map of features: weights that never learn have no place in it."""
+    for name in ("head", "fc", "classifier"):
+        if hasattr(network, name):
+            setattr(network, name, nn.Identity())
+    if isinstance(network, VisionTransformer):
+        network.attn_pool = None
+    return network
+
+
 def embed(network: VisionTransformer, images: Tensor) -> Tensor:
     """Tokens with their positions, prefix tokens first, [N, prefix + hw, D]."""
     tokens = network._pos_embed(network.patch_embed(images))  # the one place that knows which tokens have positions
@@ -41,13 +53,13 @@ def run_blocks(network: VisionTransformer, tokens: Tensor, attention_mask: Tenso
             tokens = cast(Tensor, checkpoint(block, tokens, attention_mask, use_reentrant=False))
         else:
             tokens = block(tokens, attn_mask=attention_mask)
-    return network.norm(tokens)
+    return network.fc_norm(network.norm(tokens))  # one of the two is the identity
 
 
 def grid(network: VisionTransformer, images: Tensor) -> tuple[int, int]:
     """How many patches lie below and beside one another."""
-    patch = cast(Any, network.patch_embed).patch_size
-    return images.shape[2] // int(patch[0]), images.shape[3] // int(patch[1])
+    rows, columns = cast(Any, network.patch_embed).dynamic_feat_size(images.shape[2:])
+    return int(rows), int(columns)
 
 
 def feature_map(network: nn.Module, images: Tensor) -> Tensor:
@@ -71,6 +83,8 @@ def seen_tokens(network: VisionTransformer, images: Tensor, mask: Tensor, *, bia
         bias: None = a patch is seen or not; a number = log(mask + bias) is added to its scores, so that gradients reach it.
         prune: leave out what no image of the batch sees. The kept tokens attend to the same tokens as before.
     """
+    if not isinstance(network.patch_embed, PatchEmbed):  # convolutions would show what a patch's neighbours hold
+        images = images * F.interpolate(mask.unsqueeze(1), size=images.shape[2:], mode="nearest").to(images.dtype)
     tokens = embed(network, images)
     prefix = network.num_prefix_tokens
     mask = mask.flatten(1)  # [N, hw]

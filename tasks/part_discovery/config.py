@@ -80,7 +80,9 @@ class PartDiscoveryConfig(LossConfig):
         choices=["straight_through", "none", "soft"],
     )
     prune: bool | None = setting(
-        None, "leave hidden tokens out in evaluation, with the same result; null = where masks are hard", identity=False
+        None,
+        "leave hidden tokens out, with the same result; null = in evaluation, where masks are hard; true = in training too, where mask_gradient=none",
+        identity=False,
     )
     drop_path_stage_1: float = setting(0.0, "stochastic depth of the first stage's last block, as a probability", ge=0, lt=1)
     drop_path_stage_2: float = setting(0.0, "stochastic depth of the second stage's last block, as a probability", ge=0, lt=1)

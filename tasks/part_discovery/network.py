@@ -74,10 +74,12 @@ class PartFinder(nn.Module):
         noisy = keys is not None and self.cfg.gumbel and (self.training or self.cfg.gumbel_at_eval)
         return m.gumbel(keys, stream, tuple(logits.shape[1:])) if noisy and keys is not None else None
 
-    def forward(self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None) -> Found:
+    def forward(
+        self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None, *, map_stream: int = m.MAP_NOISE
+    ) -> Found:
         """`thresholds` [K] turn the logits into those of an evaluation with thresholds."""
         cfg = self.cfg
-        features, logits, maps = self.maps(images, keys, m.MAP_NOISE)
+        features, logits, maps = self.maps(images, keys, map_stream)
         similarity = None if self.training else m.similarity_logits(features, self.prototypes)
         removed = [] if self.training else cfg.remove_parts
         if similarity is not None and thresholds is not None:
@@ -85,7 +87,7 @@ class PartFinder(nn.Module):
         if removed:
             logits = m.without(logits, removed)
         if removed or thresholds is not None:
-            maps = m.soft_maps(logits, cfg.temperature, self._noise(keys, m.MAP_NOISE, logits))
+            maps = m.soft_maps(logits, cfg.temperature, self._noise(keys, map_stream, logits))
         parts = self.modulation(m.part_features(features, maps, masked_mean=cfg.pool == "masked_mean"))
         part_logits = self.classifier(self._dropped(parts[:, :-1], keys))  # [N, K, C]
         left = [part for part in range(cfg.num_parts) if part not in removed]
@@ -127,13 +129,14 @@ class MaskedClassifier(nn.Module):
         """Logits [N, C]."""
         soft = self.cfg.mask_gradient == "soft"
         passes_on = self.training and self.cfg.mask_gradient == "straight_through"
-        prune = not self.training and not soft and self.cfg.prune is not False
+        # While training only where hidden tokens teach nothing. It costs a look at the mask, for which the host waits.
+        able = not soft and (not self.training or (self.cfg.prune is True and self.cfg.mask_gradient == "none"))
         token = seen_tokens(
             self.backbone,  # pyright: ignore[reportArgumentType]  # checked when it was built
             images,
             mask.soft if soft else mask.hard,
             bias=m.TINY if soft or passes_on else None,
-            prune=prune,
+            prune=able and self.cfg.prune is not False,
         )
         return self.head(self.head_norm(token))
 
@@ -149,9 +152,11 @@ class TwoStage(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(images)[1]
 
-    def classify(self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None) -> tuple[Found, Tensor]:
+    def classify(
+        self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None, *, map_stream: int = m.MAP_NOISE
+    ) -> tuple[Found, Tensor]:
         """What stage one found, and the logits [N, C] of the last stage."""
-        found = self.stage_1(images, keys, thresholds)
+        found = self.stage_1(images, keys, thresholds, map_stream=map_stream)
         if self.stage_2 is None:
             return found, found.logits
         assert found.mask is not None

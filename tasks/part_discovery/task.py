@@ -7,16 +7,18 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tasks.part_discovery import groups, losses
-from tasks.part_discovery.backbones import vision_transformer
+from tasks.part_discovery.backbones import feature_map, feature_width, headless, vision_transformer
 from tasks.part_discovery.config import PartDiscoveryConfig
 from tasks.part_discovery.evaluation import ComparingScores, PartScores
 from tasks.part_discovery.maps import TURNED_NOISE
 from tasks.part_discovery.network import Found, MaskedClassifier, PartFinder, TwoStage
 from tasks.part_discovery.turning import draw_turn
 from trainer.config import ParamRule, RunConfig
+from trainer.errors import ConfigError, Problem
 from trainer.task import Batch, DataInfo, Evaluator, Progress, StepOutput, Task
 
 
@@ -27,7 +29,7 @@ def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDisco
         model = run.model
         if drop_path:
             model = dataclasses.replace(model, drop_path_rate=drop_path)
-        return model.build(num_classes=0, image_size=run.dataset.image_size, in_channels=data.channels)
+        return headless(model.build(num_classes=0, image_size=run.dataset.image_size, in_channels=data.channels))
 
     classes, name = len(data.classes), run.model.name
     first = backbone(cfg.drop_path_stage_1)
@@ -38,10 +40,28 @@ def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDisco
         stage_2 = MaskedClassifier(second, cfg, classes)
     model = TwoStage(PartFinder(first, cfg, classes), stage_2)
     groups.freeze(model, cfg)
+    if not isinstance(first, VisionTransformer):
+        check_map(first, run, data.channels)
     return PartDiscovery(
         model, cfg, seed=run.seed, image_size=run.dataset.image_size, num_classes=classes, colours=(run.dataset.mean, run.dataset.std),
         num_val=data.num_val, offers=run.dataset.offers,
     )  # fmt: skip
+
+
+def check_map(network: nn.Module, run: RunConfig, channels: int) -> None:
+    """A network that is no transformer tells how fine its maps are when it has seen an image."""
+    size = run.dataset.image_size
+    network.eval()
+    with torch.no_grad():
+        features = feature_map(network, torch.zeros(1, channels, size, size)) if hasattr(network, "forward_features") else torch.zeros(1, 1)
+    network.train()
+    if features.ndim != 4 or features.shape[1] != feature_width(network):
+        raise ConfigError(Problem("model.name", run.model.name, "gives no map of features [N, D, h, w] of an image", "model=vit_s"))
+    if min(features.shape[2:]) < 3:
+        reason = (
+            f"{run.model.name} makes a map of {features.shape[2]} x {features.shape[3]} places of it, and presence looks at 3 x 3 at once"
+        )
+        raise ConfigError(Problem("dataset.image_size", size, reason, f"dataset.image_size={3 * size // min(features.shape[2:])}"))
 
 
 class PartDiscovery(Task):

@@ -19,12 +19,13 @@ from trainer.optim import parameter_groups
 from trainer.task import Batch, Progress
 
 SMALL = ["task=part_discovery", "dataset.image_size=40", "loop.batch_size=4", "dataset.num_train=16", "dataset.num_val=8"]
-TINY = [*SMALL, "+model.args.depth=2"]
+TINY = [*SMALL, "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2"]
+STEM = [*SMALL, "model.args.depth=1"]  # the default network, with convolutions before the blocks
 PROGRESS = Progress(0, 10, 5.0)
 
 
-def make(*overrides: str) -> PartDiscovery:
-    run = compose_run(*TINY, *overrides)
+def make(*overrides: str, base: list[str] = TINY) -> PartDiscovery:
+    run = compose_run(*base, *overrides)
     task = build_task(run, build_data(run), torch.device("cpu"), 1)
     assert isinstance(task, PartDiscovery)
     return task
@@ -81,8 +82,9 @@ def test_the_straight_through_gradient_is_that_of_attention_weighted_by_the_mask
         assert slope[i].item() == pytest.approx(difference.item(), rel=0.02, abs=1e-3)
 
 
-def test_hidden_patches_have_no_influence_and_prefix_tokens_always_have():
-    task = make().eval()
+@pytest.mark.parametrize("base", [TINY, STEM], ids=["patches", "convolutions"])
+def test_hidden_patches_have_no_influence_and_prefix_tokens_always_have(base):
+    task = make(base=base).eval()
     data = batch()
     with torch.no_grad():
         found, logits = task.model.classify(data["image"])
@@ -96,20 +98,36 @@ def test_hidden_patches_have_no_influence_and_prefix_tokens_always_have():
         assert task.model.stage_2(data["image"], found.mask).isfinite().all(), "an image without parts still has its prefix tokens"
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_pruned_tokens_change_nothing(share):
+@pytest.mark.parametrize(("share", "base"), [(0.0, TINY), (0.1, TINY), (0.5, TINY), (1.0, TINY), (0.5, STEM)])
+def test_pruned_tokens_change_nothing(share, base):
     """Images that see different numbers of patches, in one batch."""
     images = batch(6)["image"]
     mask = torch.rand(6, 5, 5, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, share, 6).view(6, 1, 1)
     logits = []
     for prune in ("true", "false"):
-        task = make(f"task.prune={prune}").eval()
+        task = make(f"task.prune={prune}", base=base).eval()
         assert task.model.stage_2 is not None
         from tasks.part_discovery.maps import Mask
 
         with torch.no_grad():
             logits.append(task.model.stage_2(images, Mask(mask.float(), mask.float())))
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_pruning_in_training_changes_neither_loss_nor_gradients():
+    """Where the mask passes nothing on, a hidden token has no part in either."""
+    found = []
+    for prune in ("true", "false"):
+        task = make("task.mask_gradient=none", f"task.prune={prune}").train()
+        widths: list[int] = []
+        assert task.model.stage_2 is not None
+        task.model.get_submodule("stage_2.backbone.norm").register_forward_hook(lambda _, x, y: widths.append(x[0].shape[1]))  # noqa: B023
+        output = task(batch(), PROGRESS)
+        output.loss.backward()
+        found.append((widths[0], output.loss.detach(), {name: p.grad for name, p in task.named_parameters()}))
+    (fewer, *ours), (all_of_them, *theirs) = found
+    assert fewer < all_of_them
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
 def test_registers_and_class_token_are_prefix_tokens():
@@ -249,6 +267,19 @@ def test_removed_parts_are_not_seen_and_do_not_vote():
     torch.testing.assert_close(less.logits, less.part_logits[:, left].mean(1))
 
 
+def test_one_stage_takes_networks_that_are_no_transformers():
+    for name in ("test_resnet", "test_convnext"):
+        task = make("task.stages=1", "dataset.image_size=128", base=[*SMALL, "model=timm", f"model.name={name}"]).train()
+        data = batch(size=128)
+        assert feature_map(task.model.stage_1.backbone, data["image"]).shape[2:] == (4, 4)
+        task(data, PROGRESS).loss.backward()
+        assert all(p.grad is not None for p in task.parameters())
+    finer = make(
+        "task.stages=1", "+model.args.output_stride=16", "dataset.image_size=64", base=[*SMALL, "model=timm", "model.name=test_resnet"]
+    )
+    assert feature_map(finer.model.stage_1.backbone, torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
+
+
 def test_one_stage_has_the_first_stages_logits():
     task = make("task.stages=1")
     assert task.model.stage_2 is None
@@ -272,13 +303,14 @@ def test_the_total_is_the_weighted_sum_of_its_terms():
 @pytest.mark.parametrize(
     ("overrides", "key"),
     [
-        (["model=resnet18"], "model.name"),
+        (["model.name=test_resnet", "model.patch_size=null"], "model.name"),
         (["+model.args.class_token=false", "+model.args.global_pool=avg"], "model.name"),
         (["+model.args.patch_drop_rate=0.5"], "model.args.patch_drop_rate"),
+        (["task.stages=1", "model.name=test_resnet", "model.patch_size=null"], "dataset.image_size"),
     ],
 )
-def test_networks_that_cannot_hide_tokens_are_refused(overrides, key):
-    run = compose_run(*SMALL, *overrides)
+def test_networks_that_will_not_do_are_refused(overrides, key):
+    run = compose_run(*SMALL, "model=timm", "model.name=test_vit", "model.patch_size=8", *overrides)
     with pytest.raises(ConfigError) as refused:
         build_task(run, build_data(run), torch.device("cpu"), 1)
     assert refused.value.problems[0].key == key  # type: ignore[union-attr]

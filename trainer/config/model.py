@@ -69,19 +69,51 @@ class ModelConfig:
 @schema("model", "timm")
 @dataclass
 class TimmModel(ModelConfig):
-    """Any network of timm."""
+    """Any network of timm, and with `source=huggingface` DINOv2 networks of Hugging Face's hub."""
 
     offers: ClassVar[frozenset[str]] = frozenset({"classifier", "features", "pyramid"})
 
+    source: str = setting(
+        "timm", "who has the network: timm, or huggingface, where name is a DINOv2 repository of the hub or its folder", choices=["timm", "huggingface"]
+    )  # fmt: skip
     drop_rate: float = setting(0.0, "dropout before the classifier, as a probability", ge=0, lt=1)
     drop_path_rate: float = setting(0.0, "stochastic depth of the last block, as a probability (arXiv:1603.09382)", ge=0, lt=1)
+    conv_stem: list[int] | None = setting(
+        None,
+        "vision transformers: channels of 3 x 3 convolutions of stride 2 in place of the patches, which learn faster from few images (arXiv:2106.14881); null = patches",
+        ge=1,
+    )
 
     @property
     def own_patch_size(self) -> int | None:
+        if self.conv_stem:
+            return 2 ** len(self.conv_stem)
         found = re.search(r"patch(\d+)", self.name)  # vit_base_patch16_224, swin_tiny_patch4_window7_224
         return int(found[1]) if found else None
 
+    def problems(self, at: str, image_size: int) -> Iterator[Problem]:
+        yield from super().problems(at, image_size)
+        if self.conv_stem and self.patch_size:
+            yield Problem(
+                f"{at}.patch_size",
+                self.patch_size,
+                f"{at}.conv_stem makes patches of {self.own_patch_size} pixels",
+                f"{at}.patch_size=null",
+            )
+        if self.source == "huggingface":
+            for key in ("conv_stem", "patch_size"):
+                if getattr(self, key):
+                    yield Problem(
+                        f"{at}.{key}", getattr(self, key), "networks of the hub are what their config.json says", f"{at}.{key}=null"
+                    )
+        elif self.conv_stem and self.pretrained:
+            yield Problem(f"{at}.conv_stem", self.conv_stem, "no published weights have such a stem", f"{at}.conv_stem=null")
+
     def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        if self.source == "huggingface":
+            from trainer.dinov2 import build_dinov2
+
+            return build_dinov2(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
         from trainer.models import build_timm
 
         return build_timm(self, num_classes=num_classes, image_size=image_size, in_channels=in_channels)
@@ -113,3 +145,28 @@ class TorchvisionModel(ModelConfig):
         from trainer.pyramid import torchvision_pyramid
 
         return torchvision_pyramid(self, strides, image_size=image_size, in_channels=in_channels)
+
+
+@schema("model", "small_resnet")
+@dataclass
+class SmallResNet(ModelConfig):
+    """A residual network for small images, of this project's own."""
+
+    stem: int = setting(help="channels of the stem, which keeps the image's size", ge=1)
+    widths: list[int] = setting(help="channels of each stage; each halves the image's sides", ge=1)
+    blocks: list[int] = setting(help="residual blocks of each stage", ge=1)
+
+    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        from trainer.small_resnet import SmallResNet
+
+        channels = self.in_channels or in_channels
+        return SmallResNet(num_classes=num_classes, in_channels=channels, stem=self.stem, widths=self.widths, blocks=self.blocks)
+
+    def problems(self, at: str, image_size: int) -> Iterator[Problem]:
+        if len(self.widths) != len(self.blocks):
+            fix = f"{at}.blocks=[{','.join('2' for _ in self.widths)}]"
+            yield Problem(f"{at}.blocks", self.blocks, f"needs a number for each of {at}.widths ({len(self.widths)})", fix)
+        for name, off in (("pretrained", False), ("patch_size", None), ("args", {})):
+            if getattr(self, name) != off:
+                fix = f"{at}.{name}={'false' if off is False else 'null' if off is None else '{}'}"
+                yield Problem(f"{at}.{name}", getattr(self, name), "this network has none", fix)

@@ -27,8 +27,7 @@ FORMATS = ("safetensors", "onnx", "torchscript", "pt2")
 CHECKED = 32  # real images that a file is compared with the original on
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write and check each file, then the card; print where they are and how far they are from the original."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer export", description="A run's network as a file for other programs.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
     parser.add_argument("overrides", nargs="*", help="checkpoint=best|last|…, dataset.image_size=… and others")
@@ -37,7 +36,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default: RUN_DIR/exports)")
     parser.add_argument("--images", type=Path, help="folder of images to check with (default: the run's validation images)")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write and check each file, then the card; print where they are and how far they are from the original."""
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best")
     kinds = list(dict.fromkeys(options.format.split(",")))

@@ -27,14 +27,18 @@ CHANGEABLE = (
 """What may differ after the extension, of the settings that change a result. The rest is what the checkpoint is made of."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write down the new length and train on."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer extend", description="Let a run that is done go on, in its own directory.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
     parser.add_argument(
         "overrides", nargs="+", help="loop.epochs=N or loop.steps=N, the new length in all; also scheduler=…, optimizer.lr=…"
     )
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write down the new length and train on."""
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     if not directory.has_checkpoint():
         raise ConfigError(
@@ -60,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if surroundings().is_main and differences(before, run):
         directory.record_extension(at_step=done, total_steps=total, overrides=list(options.overrides), time=time.time())
         directory.write_config(run)
+        directory.status("queued", total_steps=total)  # not finished any more, whoever asks
         print(f"from step {done} to {total}: the schedule is that of a run of {total} steps from here on")
     return run_in(run, directory)
 

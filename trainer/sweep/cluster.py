@@ -59,8 +59,20 @@ def _sacct(job_ids: Iterable[str]) -> dict[str, str]:
     found = {}
     for line in text.splitlines():
         job, _, state = line.partition("|")
-        found[job] = state.split()[0] if state.split() else ""  # "CANCELLED by 0"
+        found |= dict.fromkeys(array_tasks(job), state.split()[0] if state.split() else "")  # "CANCELLED by 0"
     return found
+
+
+def array_tasks(job: str) -> list[str]:
+    """Tasks that never started stand in one line: "12_[0-2,7%4]" -> 12_0 12_1 12_2 12_7."""
+    found = re.fullmatch(r"(\d+)_\[([\d,-]+)(%\d+)?\]", job)
+    if found is None:
+        return [job]
+    tasks = []
+    for part in found.group(2).split(","):
+        first, _, last = part.partition("-")
+        tasks += [f"{found.group(1)}_{n}" for n in range(int(first), int(last or first) + 1)]
+    return tasks
 
 
 def partitions() -> dict[str, int]:

@@ -116,9 +116,11 @@ def script(manifest: Manifest, batch: Sequence[Job], folder: Path, *, canary: bo
     ]
     if settings.get("cpus_per_task"):
         before.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # since 22.05 srun does not inherit it")
+    after = ["code=$?", f'exec {python} -P -m trainer.sweep.after "$run" $code {settings["max_requeues"]} {shlex.quote(str(folder))}']
     if canary:
-        before.append(f"{python} -P -m trainer.sweep.canary {shlex.quote(str(manifest.path.absolute()))} {batch[0].index} &")
-    after = ["code=$?", f'exec {python} -P -m trainer.sweep.after "$run" $code {settings["max_requeues"]}']
+        watcher = f"{python} -P -m trainer.sweep.canary {shlex.quote(str(manifest.path.absolute()))} {batch[0].index}"
+        before.append(f"{watcher} & canary=$!")
+        after.insert(1, f"kill $canary; {watcher} end")
     executor.parameters |= {"setup": before, "teardown": after}
     return executor._make_submission_file_text(f'{python} -P -u -m trainer start "$run"', "")
 

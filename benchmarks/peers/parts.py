@@ -1,0 +1,121 @@
+"""Part discovery as this project computes it, and the same with what it leaves out: the second stage on turned images, hidden tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SMALL = ["task=part_discovery", "dataset.num_train=64", "dataset.num_val=16", "model=timm", "model.name=vit_tiny_patch16_224"]
+
+
+def _task(*overrides: str):
+    import tasks  # noqa: F401  # makes its schemas known
+    from trainer.build import build_data, build_task
+    from trainer.launch.compose import compose_run
+
+    run = compose_run(*SMALL, *overrides)
+    return build_task(run, build_data(run), torch.device("cpu"), 1)
+
+
+def _batch(count: int, size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, size, size, generator=generator)
+    return {"image": images, "label": torch.arange(count) % 8, "key": torch.arange(count) * 977, "index": torch.arange(count)}
+
+
+def _through_both_stages(task) -> Callable[..., Tensor]:
+    """The equivariance term as it was published: the whole model sees the turned images, and all but the maps is dropped."""
+    from tasks.part_discovery import losses
+    from tasks.part_discovery.maps import TURNED_NOISE
+    from tasks.part_discovery.turning import draw_turn
+
+    def equivariance(images: Tensor, keys: Tensor, maps: Tensor, step: int) -> Tensor:
+        cfg = task.cfg
+        turn = draw_turn(
+            task.seed, step, task.image_size,
+            rotation=cfg.equivariance_rotation, translation=cfg.equivariance_translation, zoom=cfg.equivariance_zoom,
+        )  # fmt: skip
+        found, _ = task.model.classify(turn.apply(images), keys, map_stream=TURNED_NOISE)
+        return losses.equivariance(maps, turn.undo(found.maps))
+
+    return equivariance
+
+
+def _form(published: bool):
+    """The task with hard masks that pass no gradient on, as published, of which 40 % of each image is foreground."""
+    from tasks.part_discovery.maps import Mask
+
+    task = _task("dataset.image_size=224", "task.mask_gradient=none", f"task.prune={str(not published).lower()}").train()
+    seen = (torch.rand(2, 196, generator=torch.Generator().manual_seed(1)).argsort(1).argsort(1) < 78).float().view(2, 14, 14)
+    task.model.stage_1._mask = lambda logits, keys: Mask(seen, seen)
+    if published:
+        task.equivariance = _through_both_stages(task)
+    return task
+
+
+def step(published: bool) -> Callable[[], float]:
+    """Seconds of processor time of a step, forward and backward; of one thread, so a busy machine does not count."""
+    from trainer.task import Progress
+
+    task, batch = _form(published), _batch(2, 224)
+
+    def measure() -> float:
+        started = time.process_time()
+        task(batch, Progress(0, 10, 5.0)).loss.backward()
+        return time.process_time() - started
+
+    measure()
+    return measure
+
+
+def difference() -> Callable[[], float]:
+    """How far the losses of both forms are apart."""
+    from trainer.task import Progress
+
+    def measure() -> float:
+        batch = _batch(2, 224)
+        with torch.no_grad():
+            ours, theirs = (_form(published)(batch, Progress(0, 10, 5.0)).loss for published in (False, True))
+        return float((ours - theirs).abs())
+
+    return measure
+
+
+def evaluation(prune: bool, whole: bool) -> Callable[[], float]:
+    """Seconds of processor time to evaluate a batch of which 40 % is foreground; the second stage alone, or both."""
+    from tasks.part_discovery.maps import Mask
+
+    task, images = _task("dataset.image_size=224", f"task.prune={str(prune).lower()}").eval(), _batch(4, 224)["image"]
+    seen = torch.rand(4, 14 * 14, generator=torch.Generator().manual_seed(1)).argsort(1).argsort(1) < round(0.4 * 196)
+    mask = Mask(seen.float().view(4, 14, 14), seen.float().view(4, 14, 14))
+
+    @torch.inference_mode()
+    def measure() -> float:
+        started = time.process_time()
+        if whole:
+            task.model.stage_1(images)
+        task.model.stage_2(images, mask)
+        return time.process_time() - started
+
+    measure()
+    return measure
+
+
+def pictures() -> Callable[[], float]:
+    """Seconds that training waits for the picture of 16 images, as a fraction of an epoch of 100 steps of two images."""
+    task, batch = _task("dataset.image_size=112").eval(), _batch(16, 112)
+    one_step = step(False)
+
+    def measure() -> float:
+        evaluator = task.evaluator()
+        with torch.no_grad():
+            evaluator.update(batch)
+        started = time.process_time()
+        evaluator.pictures()  # what follows, encoding and writing, is another thread's
+        return (time.process_time() - started) / (100 * one_step())
+
+    measure()
+    return measure
