@@ -27,10 +27,7 @@ def parts_pruning(effort: Effort) -> Iterator[Line]:
     for whole, what, target in ((False, "the second stage", 1.8), (True, "both stages", 1.2)):
         all_tokens, pruned = f"{what}, all tokens", f"{what}, pruned"
         times = race(
-            [
-                Worker(name, f"{PEER}evaluation", {"prune": prune, "whole": whole})
-                for name, prune in ((all_tokens, False), (pruned, True))
-            ],
+            [Worker(name, f"{PEER}evaluation", {"prune": prune, "whole": whole}) for name, prune in ((all_tokens, False), (pruned, True))],
             effort.rounds(full=20, quick=6),
         )
         yield at_least(times.scaled(1e3), all_tokens, pruned, target, unit="ms", note="(how many times as long)")

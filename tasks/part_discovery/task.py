@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,20 @@ class PartDiscovery(Task):
         )  # fmt: skip
         _, _, turned = self.model.stage_1.maps(turn.apply(images), keys, TURNED_NOISE)
         return losses.equivariance(maps, turn.undo(turned))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for stage, frozen in ((self.model.stage_1, self.cfg.freeze_stage_1), (self.model.stage_2, self.cfg.freeze_stage_2)):
+            if frozen and stage is not None:
+                stage.backbone.eval()  # no drop path, and batch statistics as they are
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.model.features(images)
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """Blocks: a network's own forward pass is not what is called."""
+        return [block for network in self.model.modules() if isinstance(network, VisionTransformer) for block in network.blocks]
 
     def param_rules(self) -> Sequence[ParamRule]:
         return list(groups.rules(self.cfg))

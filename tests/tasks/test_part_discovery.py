@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from tests.layouts import LAYOUTS
 from tests.processes import finish, logs, start, start_ranks
 from tests.ranks import distributed, run_ranks, torchrun_environments
 from tests.test_exact import assert_same_run, last, stop_after
+from tests.thresholds import LEARNS, PARTS_NMI, PARTS_TOP1
 from trainer.build import build_data, build_task
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError, Stopped
-from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.compose import CONF, checked, compose, compose_run
 from trainer.run import loaders, train
 from trainer.rundir import RunDirectory
 
@@ -189,6 +192,56 @@ def test_what_cannot_work_is_refused(overrides, key, reason):
     _, problems = checked(compose([*base, *overrides]))
     assert [p.key for p in problems] == [key]
     assert reason in str(problems[0])
+
+
+GUIDE = """
+model_arch pretrained_start_weights data_path batch_size wandb epochs dataset save_every_n_epochs num_workers image_sub_path_train image_sub_path_test
+train_split eval_mode wandb_entity wandb_project wandb_mode job_type group snapshot_dir lr optimizer_type scheduler_type scratch_lr_factor
+modulation_lr_factor finer_lr_factor stage_two_lr_factor drop_path_stage_1 drop_path_stage_2 smoothing augmentations_to_use num_parts weight_decay
+freeze_backbone freeze_params_stage_1 freeze_second_stage freeze_params_stage_2 total_variation_loss concentration_loss enforced_presence_loss
+enforced_presence_loss_type pixel_wise_entropy_loss gumbel_softmax softmax_temperature presence_loss_type grad_norm_clip wandb_resume_id resume_training
+log_interval image_size mask_sub_path use_hf_transformers part_dropout part_dropout_stage_2 use_soft_masks output_stride amap_saving_prob
+scheduler_gamma scheduler_step_size nnodes nproc_per_node
+"""
+"""Every flag of the training guide that this task follows."""
+
+
+def guide_rows() -> list[tuple[str, str]]:
+    """(flags, ours) of the guide's table in docs/from-other-tools.md."""
+    section = (CONF.parent / "docs" / "from-other-tools.md").read_text().split("## iFAM", 1)[1].split("\n## ", 1)[0]
+    return [(cells[1], cells[2]) for line in section.splitlines() if line.startswith("| `") and (cells := line.split("|"))]
+
+
+def test_every_flag_of_the_guide_has_a_row():
+    named = " ".join(flags for flags, _ in guide_rows())
+    assert [flag for flag in GUIDE.split() if not re.search(rf"--{flag}(?!\w)", named)] == []
+
+
+def test_what_the_guides_table_says_can_be_typed():
+    for flags, ours in guide_rows():
+        for span in re.findall(r"`([^`]+)`", ours):
+            _, problems = checked(compose([word for word in shlex.split(span) if "=" in word and not word.startswith("-")]))
+            assert [p for p in problems if p.key != "dataset.path"] == [], f"{flags}: {span}"
+
+
+def rows(directory: Path, name: str) -> list[float]:
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in found if name in row]
+
+
+def test_it_learns(tmp_path):
+    """A shrunk proof: every part of the loss that is on pulls in one direction within thirty steps."""
+    run(tmp_path, "loop.epochs=5", "loop.validate_every=5", "optimizer.lr=1e-3")
+    losses = rows(tmp_path, "train/loss")
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < LEARNS * np.mean(losses[:5])
+
+
+@pytest.mark.slow
+def test_the_default_run_finds_parts(tmp_path):
+    result = train(compose_run("task=part_discovery", "loop.progress=none"), RunDirectory(tmp_path))
+    assert result["best"]["val/top1"] >= PARTS_TOP1
+    assert result["best"]["val/nmi"] >= PARTS_NMI
 
 
 def test_freezing_everything_is_refused(tmp_path):

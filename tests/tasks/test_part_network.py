@@ -252,6 +252,33 @@ def test_what_the_four_switches_freeze(switches):
     assert all((p.grad is None) == (name in frozen) for name, p in task.named_parameters())
 
 
+def test_recomputed_activations_give_the_same_gradients():
+    found = []
+    for recompute in ("false", "true"):
+        task = make(f"loop.activation_checkpointing={recompute}").train()
+        task(batch(), PROGRESS).loss.backward()
+        found.append([p.grad for p in task.parameters()])
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
+def test_a_frozen_network_stays_as_it_is_in_every_way():
+    """Its batch statistics too."""
+    task = make("task.freeze_stage_1=true", base=STEM).train()
+    before = {name: value.clone() for name, value in task.model.stage_1.backbone.named_buffers()}
+    assert before
+    task(batch(), PROGRESS)
+    assert all(torch.equal(value, before[name]) for name, value in task.model.stage_1.backbone.named_buffers())
+
+
+def test_features_are_what_the_last_head_sees():
+    task, images = make().eval(), batch()["image"]
+    assert task.model.stage_2 is not None
+    with torch.no_grad():
+        torch.testing.assert_close(task.model.stage_2.head(task.features(images)), task.model(images))
+        one = make("task.stages=1").eval()
+        torch.testing.assert_close(one.model.stage_1.classifier(one.features(images)), one.model(images))
+
+
 def test_removed_parts_are_not_seen_and_do_not_vote():
     data = batch()
     with torch.no_grad():
