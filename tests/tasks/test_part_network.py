@@ -41,7 +41,7 @@ def batch(count: int = 4, size: int = 40) -> Batch:
 
 def only_stage_2() -> list[str]:
     """Every loss but the second stage's classification is off."""
-    others = ("stage_1", "orthogonality", "equivariance", "presence", "enforced_presence", "total_variation", "entropy")
+    others = ("stage_1", "orthogonality", "equivariance", "presence", "enforced_presence", "total_variation", "entropy", "concentration")
     return [f"task.{name}_weight=0" for name in others]
 
 
@@ -143,14 +143,14 @@ def test_evaluation_has_no_noise_unless_asked_for():
     with torch.no_grad():
         quiet = make().eval()
         assert torch.equal(quiet.model.classify(data["image"], data["key"])[0].maps, quiet.model.classify(data["image"])[0].maps)
-        noisy = make("task.gumbel_at_eval=true").eval()
+        noisy = make("task.gumbel=true", "task.gumbel_at_eval=true").eval()
         first, again = (noisy.model.classify(data["image"], data["key"])[0].maps for _ in range(2))
         assert torch.equal(first, again), "the noise is each image's own"
         assert (first - quiet.model.classify(data["image"])[0].maps).abs().max() > 0.1
 
 
 def test_noise_and_dropout_do_not_depend_on_who_shares_the_batch():
-    task = make().train()
+    task = make("task.gumbel=true").train()
     data = batch()
     with torch.no_grad():
         whole, _ = task.model.classify(data["image"], data["key"])
