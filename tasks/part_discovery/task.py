@@ -23,6 +23,9 @@ from trainer.errors import ConfigError, Problem
 from trainer.task import Batch, DataInfo, Evaluator, Progress, StepOutput, Task
 
 
+STAGES = ("stage_1", "stage_2")  # the terms that learn classes
+
+
 def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDiscovery:
     """The task with its networks, drawn one after the other; pretrained ones are the same weights twice."""
 
@@ -88,7 +91,8 @@ class PartDiscovery(Task):
         weights = self.cfg.weights()
         if weights["equivariance"]:
             terms["equivariance"] = self.equivariance(images, keys, found.maps, progress.step)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        grown = min(1.0, progress.fraction / self.cfg.terms_warmup) if self.cfg.terms_warmup else 1.0
+        loss = torch.stack([weights[name] * (1.0 if name in STAGES else grown) * term for name, term in terms.items()]).sum()
         with torch.no_grad():
             hard = labels if target is labels else target.argmax(1)
             scores = {"top1": (logits.argmax(1) == hard).float().mean()}

@@ -21,7 +21,7 @@ from trainer.task import Batch, Progress
 SMALL = ["task=part_discovery", "dataset.image_size=40", "loop.batch_size=4", "dataset.num_train=16", "dataset.num_val=8"]
 TINY = [*SMALL, "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2"]
 STEM = [*SMALL, "model.args.depth=1"]  # the default network, with convolutions before the blocks
-PROGRESS = Progress(0, 10, 5.0)
+PROGRESS = Progress(5, 10, 5.0)  # when all terms have their weights
 
 
 def make(*overrides: str, base: list[str] = TINY) -> PartDiscovery:
@@ -319,12 +319,14 @@ def test_one_stage_has_the_first_stages_logits():
 
 
 def test_the_total_is_the_weighted_sum_of_its_terms():
-    task = make("task.presence_weight=0.5", "task.concentration_weight=3")
+    task = make("task.presence_weight=0.5", "task.concentration_weight=3", "task.terms_warmup=0.5")
     task.train()
-    output = task(batch(), PROGRESS)
     weights = task.cfg.weights()
-    assert set(weights) <= output.metrics.keys()
-    assert output.loss.item() == pytest.approx(sum(w * output.metrics[name].item() for name, w in weights.items()), rel=1e-5)
+    for fraction, grown in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.9, 1.0)):
+        output = task(batch(), Progress(int(fraction * 100), 100, 5.0))
+        assert set(weights) <= output.metrics.keys()
+        expected = sum(w * (1 if name in ("stage_1", "stage_2") else grown) * output.metrics[name].item() for name, w in weights.items())
+        assert output.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
