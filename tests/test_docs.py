@@ -95,6 +95,7 @@ def known_keys() -> set[str]:
                 yield from walk(value, f"{prefix}{field.name}.")
 
     choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"],
+               ["task=detection"], ["model=mit_b0"], ["augmentation=boxes"],
                ["dataset=webdataset"], *([f"scheduler={p.stem}"] for p in (ROOT / "conf" / "scheduler").glob("*.yaml")),
                *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml"))]  # fmt: skip
     found: set[str] = set()

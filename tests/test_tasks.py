@@ -17,7 +17,14 @@ LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "lo
           "scheduler.warmup_epochs=0"]  # fmt: skip
 SMALL: dict[str, list[str]] = {  # a task's own way of being small; all its features stay on
     "classification": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "augmentation.mixup=0.2"],
-    "detection": ["model=timm", "model.name=test_convnext", "dataset.image_size=64", "dataset.num_val=17", "task.width=32", "task.score_threshold=0"],
+    "detection": [
+        "model=timm",
+        "model.name=test_convnext",
+        "dataset.image_size=64",
+        "dataset.num_val=17",
+        "task.width=32",
+        "task.score_threshold=0",
+    ],
 }
 
 TASKS = sorted(p.stem for p in (CONF / "task").glob("*.yaml"))

@@ -37,7 +37,7 @@ class Pyramid(nn.Module):
     plain = False
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[N, C, H, W] -> maps [N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])]."""
+        """[N, C, H, W] -> maps [N, channels[i], H / strides[i], W / strides[i]], of images whose sides are multiples of the coarsest stride."""
         raise NotImplementedError
 
     def depths(self) -> dict[str, int]:
@@ -52,7 +52,9 @@ class TimmPyramid(Pyramid):
         fixed: side in pixels of the images it was built for, where it takes no others: smaller ones are put into a corner.
     """
 
-    def __init__(self, net: nn.Module, places: Sequence[int], channels: Sequence[int], strides: Sequence[int], *, fixed: int | None, plain: bool) -> None:
+    def __init__(
+        self, net: nn.Module, places: Sequence[int], channels: Sequence[int], strides: Sequence[int], *, fixed: int | None, plain: bool
+    ) -> None:
         super().__init__()
         self.net = net
         self.places, self.channels, self.strides = list(places), tuple(channels), tuple(strides)
@@ -79,6 +81,8 @@ def timm_pyramid(cfg: TimmModel, strides: Sequence[int], *, image_size: int, in_
     """Maps of the asked strides; of a network of patches, its one map, of which others are to be made."""
     import timm
 
+    if cfg.input_multiple:
+        _check_patches(cfg, cfg.input_multiple)
     metadata = timm.models.get_pretrained_cfg(cfg.name) if ":" not in cfg.name and timm.is_model(cfg.name.partition(".")[0]) else None
     fixed = None
     if metadata is not None and metadata.fixed_input_size:
@@ -86,7 +90,10 @@ def timm_pyramid(cfg: TimmModel, strides: Sequence[int], *, image_size: int, in_
     net = cast(Any, models.build_timm(cfg, num_classes=0, image_size=image_size, in_channels=in_channels))
     if not hasattr(net, "forward_intermediates") or not hasattr(net, "prune_intermediate_layers"):
         raise ConfigError(Problem("model.name", cfg.name, "timm takes no intermediate maps out of this network", "model=resnet50"))
-    info = [(int(i["num_chs"]), int(i["reduction"])) for i in (net.feature_info if isinstance(net.feature_info, list) else net.feature_info.info)]
+    info = [
+        (int(i["num_chs"]), int(i["reduction"]))
+        for i in (net.feature_info if isinstance(net.feature_info, list) else net.feature_info.info)
+    ]
     found = {stride: place for place, (_, stride) in enumerate(info)}  # the last map of each stride
     plain = len(found) == 1
     if plain:
@@ -121,7 +128,15 @@ def _check_patches(cfg: ModelConfig, patch: int) -> None:
 class TorchvisionPyramid(nn.ModuleDict, Pyramid):
     """The parts of a network of torchvision's, one after the other, under torchvision's names."""
 
-    def __init__(self, parts: OrderedDict[str, nn.Module], ends: Sequence[str], channels: Sequence[int], strides: Sequence[int], *, channels_last: bool) -> None:
+    def __init__(
+        self,
+        parts: OrderedDict[str, nn.Module],
+        ends: Sequence[str],
+        channels: Sequence[int],
+        strides: Sequence[int],
+        *,
+        channels_last: bool,
+    ) -> None:
         nn.ModuleDict.__init__(self, parts)
         self.ends, self.channels, self.strides, self.nhwc = list(ends), tuple(channels), tuple(strides), channels_last
 

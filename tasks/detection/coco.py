@@ -34,7 +34,9 @@ class Found:
     scores: np.ndarray  # float64 [D]
 
 
-def coco_scores(truths: Sequence[Truth], found: Sequence[Found], classes: Sequence[str], backend: str = "faster_coco_eval") -> dict[str, float]:
+def coco_scores(
+    truths: Sequence[Truth], found: Sequence[Found], classes: Sequence[str], backend: str = "faster_coco_eval"
+) -> dict[str, float]:
     """`map`, `map_50`, `map_75`, by size, by class, and `mar_100`, over images given in the same order in both lists.
 
     What no object has to do with (a size or class of which there is none) has no score and is left out.
@@ -76,13 +78,19 @@ def _backend(name: str) -> tuple[Any, Any]:
 def _dataset(truths: Sequence[Truth], num_classes: int) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for image, truth in enumerate(truths):
-        for (x1, y1, x2, y2), label, crowd, area in zip(truth.boxes.tolist(), truth.labels.tolist(), truth.crowd.tolist(), truth.area.tolist()):
+        for (x1, y1, x2, y2), label, crowd, area in zip(
+            truth.boxes.tolist(), truth.labels.tolist(), truth.crowd.tolist(), truth.area.tolist()
+        ):
             # Ids begin at 1: 0 would read as "matched nothing".
             annotations.append({
                 "id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "area": area, "iscrowd": int(crowd), "ignore": int(crowd),
             })  # fmt: skip
-    return {"images": [{"id": i} for i in range(len(truths))], "annotations": annotations, "categories": [{"id": k} for k in range(num_classes)]}
+    return {
+        "images": [{"id": i} for i in range(len(truths))],
+        "annotations": annotations,
+        "categories": [{"id": k} for k in range(num_classes)],
+    }
 
 
 def _annotations(found: Sequence[Found]) -> Any:

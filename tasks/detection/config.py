@@ -39,14 +39,20 @@ class DetectionConfig(TaskConfig):
         choices=list(STRIDES),
     )
     width: int | None = setting(
-        None, "channels of the feature pyramid and of convolutional heads, a quarter of those of the box head; null = 256, and 64 where images have at most 160 pixels a side", ge=32
+        None,
+        "channels of the feature pyramid and of convolutional heads, a quarter of those of the box head; null = 256, and 64 where images have at most 160 pixels a side",
+        ge=32,
     )
     roi_samples: int | None = setting(
-        None, "faster_rcnn: proposals per image the box head learns from; null = 512, and in proportion to the area of images below 512 pixels, at least 64", ge=1
+        None,
+        "faster_rcnn: proposals per image the box head learns from; null = 512, and in proportion to the area of images below 512 pixels, at least 64",
+        ge=1,
     )
     anchor_scale: float = setting(8.0, "faster_rcnn: side of the square anchor, in strides; retinanet: half of it", gt=0)
     freeze_stages: int = setting(
-        0, "parts of the backbone from below that are not trained: 1 = the stem, 2 = and the first stage (torchvision's default) …; batch norms there keep their statistics", ge=0
+        0,
+        "parts of the backbone from below that are not trained: 1 = the stem, 2 = and the first stage (torchvision's default) …; batch norms there keep their statistics",
+        ge=0,
     )
     frozen_batchnorm: bool = setting(False, "every batch norm of the backbone keeps the statistics and scales it starts with")
     score_threshold: float = setting(0.05, "detections of less confidence are left out", ge=0, lt=1)
@@ -90,7 +96,9 @@ class DetectionConfig(TaskConfig):
             yield Problem("dataset.image_size", size, reason, f"dataset.image_size={2 * coarsest}")
         if not run.augmentation.keeps_whole:
             reason = "cuts off parts of validation images, and objects with them"
-            yield Problem("augmentation", type(run.augmentation).__name__, reason, "augmentation=boxes, boxes_upright or boxes_large_jitter")
+            yield Problem(
+                "augmentation", type(run.augmentation).__name__, reason, "augmentation=boxes, boxes_upright or boxes_large_jitter"
+            )
         patch = run.model.input_multiple
         if patch and patch & (patch - 1):
             reason = f"{run.model.name} cuts images into patches of {patch} pixels, and a pyramid's strides are powers of two"
@@ -99,8 +107,12 @@ class DetectionConfig(TaskConfig):
         if (self.freeze_stages or self.frozen_batchnorm) and not (run.model.pretrained or run.init_from):
             value = getattr(self, fixed)
             reason = "keeps what the backbone starts with, which is random without pretrained weights"
-            yield Problem(f"task.{fixed}", value, reason, f"task.{fixed}={'0' if fixed == 'freeze_stages' else 'false'}, or init_from=<weights>")
+            yield Problem(
+                f"task.{fixed}", value, reason, f"task.{fixed}={'0' if fixed == 'freeze_stages' else 'false'}, or init_from=<weights>"
+            )
         if not self.is_rcnn and self.roi_samples is not None:
             yield Problem("task.roi_samples", self.roi_samples, f"{self.detector} has no proposals", "task.roi_samples=null")
-        if self.detector in ("fcos", "retinanet_v2") and self.width_at(size) % 32:
-            yield Problem("task.width", self.width, f"{self.detector} normalises in 32 groups of channels", "task.width=256")
+        width = self.width_at(size)
+        if self.detector in ("fcos", "retinanet_v2") and (width % 32 or width < 64):
+            reason = f"{self.detector} normalises 32 groups of channels, each of which needs two"
+            yield Problem("task.width", width, reason, "task.width=64, 128 or 256")

@@ -13,7 +13,13 @@ SURE = 0.5  # detections of less confidence would cover the picture
 
 
 def drawn(
-    image: Tensor, found: Mapping[str, Tensor], boxes: Tensor, classes: Sequence[str], offset: int, mean: Sequence[float], std: Sequence[float]
+    image: Tensor,
+    found: Mapping[str, Tensor],
+    boxes: Tensor,
+    classes: Sequence[str],
+    offset: int,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Tensor:
     """uint8 [3, H, W] of a normalised image [C, H, W]: true boxes in green, those found in orange, with class and confidence."""
     channels = torch.arange(3).clamp(max=image.shape[0] - 1)  # grey is shown grey; of more than three, the first three

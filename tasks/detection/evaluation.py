@@ -25,7 +25,9 @@ DIVISOR = 32  # pixels: torchvision pads a batch to multiples of it
 class CocoEvaluator:
     """One pass. Truths and detections are in the pixels of the image files, which is what COCO's sizes are about."""
 
-    def __init__(self, model: nn.Module, cfg: DetectionConfig, classes: Sequence[str], *, offset: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: nn.Module, cfg: DetectionConfig, classes: Sequence[str], *, offset: int, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         self.model, self.cfg, self.classes, self.offset = model, cfg, classes, offset
         self.mean, self.std = mean, std
         self.results: dict[int, tuple[Truth, Found]] = {}  # by place in the dataset

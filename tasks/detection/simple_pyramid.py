@@ -43,5 +43,10 @@ def scale(channels: int, factor: float, width: int) -> nn.Sequential:
             layers += [LayerNorm2d(channels), nn.GELU()]
     if times < 0:
         layers.append(nn.MaxPool2d(2**-times, 2**-times))
-    layers += [nn.Conv2d(channels, width, 1, bias=False), LayerNorm2d(width), nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)]
+    layers += [
+        nn.Conv2d(channels, width, 1, bias=False),
+        LayerNorm2d(width),
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        LayerNorm2d(width),
+    ]
     return nn.Sequential(*layers)

@@ -92,5 +92,3 @@ def test_each_stream_hears_the_other_and_every_parameter_learns():
 def test_what_cannot_be_is_refused_before_anything_is_built(overrides, key):
     _, problems = checked(compose(["model=mit_b0", "dataset.image_size=64", *overrides]))
     assert key in [p.key for p in problems]
-
-

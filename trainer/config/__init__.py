@@ -6,6 +6,7 @@ from trainer.config.fields import schema, setting
 from trainer.config.letterbox import Letterbox
 from trainer.config.logger import LoggerConfig
 from trainer.config.loop import LoopConfig, Progressing
+from trainer.config.mit import MitModel
 from trainer.config.model import ModelConfig
 from trainer.config.optimizer import LrScaling, OptimizerConfig, ParamRule
 from trainer.config.run import DebugConfig, DistributedConfig, Mode, PrecisionConfig, Resume, RunConfig, TaskConfig
@@ -13,6 +14,6 @@ from trainer.config.scheduler import SchedulerConfig
 
 __all__ = [
     "AugmentationConfig", "DatasetConfig", "DebugConfig", "DistributedConfig", "Facts", "Letterbox", "LoggerConfig",
-    "LoopConfig", "LrScaling", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
+    "LoopConfig", "LrScaling", "MitModel", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
     "RunConfig", "SchedulerConfig", "TaskConfig", "schema", "setting",
 ]  # fmt: skip

@@ -67,7 +67,11 @@ class Oracle(nn.Module):
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         found = [image(int(x[0, 0, 0]))[1] for x in images]
         return [
-            {"boxes": torch.tensor(f.boxes, dtype=torch.float32) / 2, "labels": torch.tensor(f.labels) + 1, "scores": torch.tensor(f.scores)}
+            {
+                "boxes": torch.tensor(f.boxes, dtype=torch.float32) / 2,
+                "labels": torch.tensor(f.labels) + 1,
+                "scores": torch.tensor(f.scores),
+            }
             for f in found
         ]
 

@@ -46,7 +46,13 @@ def seen(sample: dict[str, Any], channel: int) -> list[int]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"jitter": [0.5, 2.0]}, {"crop_scale": [0.3, 1.0]}, {"shorter_side": [24, 32, 40]}, {"crop_scale": [0.4, 1.0], "jitter": [0.8, 1.5]}],
+    [
+        {},
+        {"jitter": [0.5, 2.0]},
+        {"crop_scale": [0.3, 1.0]},
+        {"shorter_side": [24, 32, 40]},
+        {"crop_scale": [0.4, 1.0], "jitter": [0.8, 1.5]},
+    ],
     ids=str,
 )
 def test_boxes_are_where_the_pixels_are(changes):
