@@ -141,7 +141,10 @@ def names(run: RunConfig, facts: Facts) -> Iterator[Problem]:
     metric = run.loop.best_metric
     if metric is not None and not metric.startswith("val/") and metric != "train/loss":
         yield Problem(
-            "loop.best_metric", metric, "must be a validation metric, as val/top1, or train/loss", f"loop.best_metric=val/{metric.rpartition('/')[2]}"
+            "loop.best_metric",
+            metric,
+            "must be a validation metric, as val/top1, or train/loss",
+            f"loop.best_metric=val/{metric.rpartition('/')[2]}",
         )
     start = run.init_from
     if start is not None and start != "timm:pretrained" and not Path(start).expanduser().exists():

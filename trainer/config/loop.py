@@ -72,7 +72,10 @@ class LoopConfig:
     keep_checkpoints: int = setting(
         1, "how many numbered checkpoints (epoch-0010.pt) to keep beside last and best; 0 = none", ge=0, identity=False
     )
-    best_metric: str | None = setting(None, "validation metric that decides best.pt, as val/top1, or train/loss, the mean since the validation before; null = the task's own")
+    best_metric: str | None = setting(
+        None,
+        "validation metric that decides best.pt, as val/top1, or train/loss, the mean since the validation before; null = the task's own",
+    )
     max_reference_images: int | None = setting(
         50_000, "training images that a validation by nearest neighbours or a linear probe compares with; null = all", ge=1
     )

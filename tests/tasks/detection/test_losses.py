@@ -73,7 +73,7 @@ def test_ten_steps_equal_torchvision_term_by_term(detector):
         assert output.metrics.keys() == expected.keys()
         for name, value in expected.items():
             assert output.metrics[name].item() == pytest.approx(value.item(), rel=TERM, abs=TERM), f"{name} at step {step}"
-        for loss, optimizer in zip((output.loss, sum(expected.values())), optimizers, strict=True):
+        for loss, optimizer in zip((output.loss, torch.stack(list(expected.values())).sum()), optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -25,10 +25,11 @@ SHORT = ["task=detection", "dataset.image_size=64", "loop.batch_size=4", "loop.s
          "loop.progress=none", "logger.plots=false", "loop.max_validation_batches=2", "task.width=64", "task.score_threshold=0",
          "dataset.num_workers=0"]  # fmt: skip
 RESNET, CONVNEXT = (["model=timm", f"model.name={name}"] for name in ("test_resnet", "test_convnext"))
-SCENES = ["dataset.num_train=16", "dataset.num_val=9", "task.roi_samples=16"]
+FEW = ["task.roi_samples=8", "+task.args.rpn_post_nms_top_n_train=32", "+task.args.rpn_post_nms_top_n_test=32"]
+SCENES = ["dataset.num_train=16", "dataset.num_val=9", *FEW]
 RUNS: dict[str, list[str]] = {
-    "faster_rcnn": [*RESNET, *SCENES, "loop.ema_decay=0.9", "augmentation=boxes_large_jitter"],
-    "faster_rcnn_v2-fp16": [*RESNET, *SCENES, "task.detector=faster_rcnn_v2", "precision=fp16"],
+    "faster_rcnn-fp16": [*RESNET, *SCENES, "loop.ema_decay=0.9", "augmentation=boxes_large_jitter", "precision=fp16"],
+    "faster_rcnn_v2": [*RESNET, *SCENES, "task.detector=faster_rcnn_v2"],
     "retinanet-accumulated": [*CONVNEXT, *SCENES[:2], "task.detector=retinanet", "loop.accumulate=2"],
     "retinanet_v2-bf16": [*CONVNEXT, *SCENES[:2], "task.detector=retinanet_v2", "precision=bf16"],
     "fcos-vit": ["model=timm", "model.name=test_vit", *SCENES[:2], "task.detector=fcos", "augmentation.shorter_side=[40,64]"],
@@ -75,10 +76,12 @@ def test_stopped_and_resumed_to_the_last_bit(name, tmp_path, monkeypatch):
     assert Image.open(pictures[0]).size == (64, 64)
 
 
-@pytest.mark.parametrize("model", [["model=mit_b0", "model.fusion=cross_attention", "precision=bf16"], ["model=mit_b0"]], ids=["fused", "one"])
+@pytest.mark.parametrize(
+    "model", [["model=mit_b0", "model.fusion=cross_attention", "precision=bf16"], ["model=mit_b0"]], ids=["fused", "one"]
+)
 def test_five_channels_resumed_and_best_by_training_loss(model, tmp_path, monkeypatch):
     layouts.multispectral(tmp_path / "data")
-    overrides = ["dataset=multispectral", f"dataset.path={tmp_path / 'data'}", *model, "task.width=32", "task.roi_samples=8", "loop.best_metric=train/loss"]
+    overrides = ["dataset=multispectral", f"dataset.path={tmp_path / 'data'}", *model, "task.width=32", *FEW, "loop.best_metric=train/loss"]
     directory = resumed(tmp_path, monkeypatch, overrides)
     result = json.loads((directory / "result.json").read_text())
     losses = [row["train/loss"] for row in result["history"]]
@@ -90,7 +93,7 @@ def test_five_channels_resumed_and_best_by_training_loss(model, tmp_path, monkey
 @pytest.mark.parametrize("layout", ["coco", "yolo", "voc"])
 def test_every_layout_of_boxes_on_disk(layout, tmp_path):
     getattr(layouts, layout)(tmp_path / "data")
-    done = run(tmp_path / "run", *RESNET, f"dataset={layout}", f"dataset.path={tmp_path / 'data'}", "task.roi_samples=8", "loop.epochs=1")
+    done = run(tmp_path / "run", *RESNET, f"dataset={layout}", f"dataset.path={tmp_path / 'data'}", *FEW, "loop.epochs=1")
     assert done["metric"] in done["last"]
 
 
@@ -119,7 +122,14 @@ def test_eight_scenes_are_learned_by_heart(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_eight_photographs_of_blood_are_learned_by_heart(shared_data, tmp_path):
-    overrides = ["experiment=bccd", f"dataset.path={shared_data / 'bccd'}", "debug=overfit", "loop.batch_size=8", "loop.epochs=150", "loop.validate_every=50"]
+    overrides = [
+        "experiment=bccd",
+        f"dataset.path={shared_data / 'bccd'}",
+        "debug=overfit",
+        "loop.batch_size=8",
+        "loop.epochs=150",
+        "loop.validate_every=50",
+    ]
     done = train(compose_run(*overrides), RunDirectory(tmp_path / "run"))
     assert done["best"]["val/map_50"] >= 0.95
 
