@@ -14,8 +14,9 @@ from torch import Tensor
 from tests.any_task import AnyTask, AnyTaskConfig
 from tests.test_exact import SHORT
 from trainer.config import RunConfig
+from trainer.feeds import spread
 from trainer.launch.compose import compose_run
-from trainer.run import spread, train
+from trainer.run import train
 from trainer.rundir import RunDirectory
 from trainer.task import Batch, ComparesWithTraining, DataInfo, Illustrates
 

@@ -14,36 +14,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LAYERS = (
-    {"errors"},
-    {"config", "random", "schedule", "task", "files", "surroundings", "identity", "resample", "compiling", "pretrained", "probe"},
-    {"lock", "rundir", "environment", "vote", "watchdog", "rendezvous", "distributed", "signals", "log", "data", "validation"},
-    {
-        "checkpoint",
-        "ema",
-        "adamw",
-        "optim",
-        "models",
-        "pyramid",
-        "mit",
-        "fusion",
-        "update",
-        "state",
-        "evaluation",
-        "weights",
-        "inference",
-        "debug",
-    },
-    {"engine"},
-    {"build", "recorder", "run"},
-    {"launch", "__main__"},
+LAYERS = tuple(
+    set(layer.split())
+    for layer in (
+        "errors",
+        "config random schedule task files surroundings identity resample compiling pretrained probe lr_curve",
+        "lock rundir environment vote watchdog rendezvous distributed signals log data validation",
+        "checkpoint ema adamw optim models pyramid mit fusion update state evaluation weights inference debug parts labels",
+        "engine",
+        "build feeds stages lr_finder recorder run evaluate predict export",
+        "sweep",
+        "launch __main__",
+    )
 )
 """trainer/ from the bottom up. A module imports from its own layer and those below; packages count as a whole."""
 
 TORCH_FREE = (
     "launch", "tasks", "trainer", "trainer.config", "trainer.errors", "trainer.schedule", "trainer.rundir", "trainer.signals", "trainer.files",
     "trainer.log", "trainer.validation", "trainer.launch.door", "trainer.launch.dispatch", "trainer.launch.help", "trainer.data.config",
-    "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__",
+    "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__", "trainer.sweep.manifest",
 )  # fmt: skip
 """What is imported before a run starts: composing, checking and submitting 500 jobs must not wait for torch."""
 

@@ -10,29 +10,35 @@ import pytest
 
 from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import assert_same_run, last
-from trainer.launch.compose import CONF
+from trainer.launch.compose import CONF, compose_run
+from trainer.run import train
 
 LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "loop.log_every=1", "loop.progress=none", "logger.plots=false",
           "loop.max_validation_batches=2", "loop.max_reference_images=32", "loop.checkpoint_every_steps=1", "dataset.num_workers=1",
           "scheduler.warmup_epochs=0"]  # fmt: skip
 SMALL: dict[str, list[str]] = {  # a task's own way of being small; all its features stay on
     "classification": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "augmentation.mixup=0.2"],
-    "detection": [
-        "model=timm",
-        "model.name=test_convnext",
-        "dataset.image_size=64",
-        "dataset.num_val=17",
-        "task.width=32",
-        "task.score_threshold=0",
-    ],
-}
+    "detection": ["model=timm", "model.name=test_convnext", "dataset.image_size=64", "dataset.num_val=17", "task.width=32", "task.score_threshold=0"],
+    "kd": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=32", "task.teacher_model=test_resnet",
+           "task.feature_weight=1", "augmentation.mixup=0.2", "loop.ema_decay=0.9"],
+    "mim": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "loop.ema_decay=0.9"],
+}  # fmt: skip
 
 TASKS = sorted(p.stem for p in (CONF / "task").glob("*.yaml"))
 
 
+def ready(task: str, tmp_path: Path) -> list[str]:
+    """Its overrides; what it needs to have been trained before is."""
+    overrides = [f"task={task}", *LENGTH, *SMALL[task], f"runs_dir={tmp_path / 'runs'}"]
+    run = compose_run(*overrides)
+    for needed in run.task.prerequisites(run):
+        train(needed)
+    return overrides
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_killed_and_resumed_on_two_ranks(task: str, tmp_path: Path):
-    overrides = [f"task={task}", *LENGTH, *SMALL[task]]
+    overrides = ready(task, tmp_path)
     whole = start_ranks(tmp_path / "unbroken", overrides, 2)
     fault = {"TRAINYARD_CHECKPOINT_FAULT": "sync:kill:4"}  # rank 0 dies while it writes its fourth checkpoint
     broken = start_ranks(tmp_path / "killed", overrides, 2, environment=fault)
@@ -46,7 +52,7 @@ def test_every_task_killed_and_resumed_on_two_ranks(task: str, tmp_path: Path):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_on_one_rank_sees_and_measures_what_two_do(task: str, tmp_path: Path):
     """The same samples; and the same validation of the untrained network, which no difference of the training can touch."""
-    overrides = [f"task={task}", *LENGTH, *SMALL[task], "optimizer.lr=1e-12"]
+    overrides = [*ready(task, tmp_path), "optimizer.lr=1e-12"]
     one, two = start(tmp_path / "one", overrides), start_ranks(tmp_path / "two", overrides, 2)
     assert finish([one, *two]) == [0, 0, 0], logs(tmp_path / "one") + logs(tmp_path / "two")
     assert last(tmp_path / "one")["samples"] == last(tmp_path / "two")["samples"]

@@ -16,12 +16,40 @@ from trainer.launch.door import guarded
 VERBS = {  # verb -> (module:function, what it does)
     "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),
     "validate": ("trainer.launch.check:main", "OVERRIDES: everything that is wrong with a run, without starting it"),
+    "resume": ("trainer.sweep.verbs:resume", "DIR [JOB ...]: start what is left of a sweep, or go on with a run"),
+    "retry": ("trainer.sweep.verbs:retry", "SWEEP [JOB ...]: start again what failed, as the cause allows"),
+    "cancel": ("trainer.sweep.verbs:cancel", "DIR [JOB ...]: stop queued and running jobs of a sweep, or a run"),
+    "status": (
+        "trainer.sweep.status:main",
+        "PATH ...: how the jobs of a sweep are doing, live: state, step, time left, metric, why it failed",
+    ),
+    "report": ("trainer.sweep.report:main", "PATH ...: the table over seeds of a sweep or of any runs: report.{md,csv,tex,json,html}"),
+    "diff": ("trainer.sweep.diff:main", "A B: what differs between two runs: configuration, code, environment, metrics"),
+    "reproduce": (
+        "trainer.sweep.reproduce:main",
+        "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first",
+    ),
+    "evaluate": (
+        "trainer.launch.evaluate:main",
+        "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's network measured as in validation, on these or other data",
+    ),
+    "predict": (
+        "trainer.launch.predict:main",
+        "RUN_DIR FOLDER [checkpoint=best]: what a run's network finds in images, as a table and a contact sheet",
+    ),
+    "export": (
+        "trainer.launch.export:main",
+        "RUN_DIR --format onnx: a run's network as a file for other programs, checked on real images, with a model card",
+    ),
+    "extend": ("trainer.launch.extend:main", "RUN_DIR loop.epochs=N: let a run that is done go on, in its own directory"),
+    "clean": ("trainer.launch.clean:main", "DIR [--dry-run]: delete the numbered checkpoints of runs that are done"),
     "shards": ("trainer.data.shards.verbs:shards", "index DIR | pack SRC DST: look through shards, or make them"),
     "split": ("trainer.data.shards.verbs:split", "DIR --val 0.1 --seed 0: divide a folder of classes into train/ and val/"),
     "plot-lr": (
         "trainer.launch.plot_lr:main",
         "OVERRIDES [--out FILE]: learning rate and momentum of every step, as a table and a picture",
     ),
+    "find-lr": ("trainer.launch.find_lr:main", "OVERRIDES [--out DIR]: sweep the learning rate and suggest one, without starting the run"),
     "show-batch": ("trainer.launch.show_batch:main", "OVERRIDES [--out FILE]: a contact sheet of what the network will see"),
     "bench-loader": ("trainer.launch.bench_loader:main", "OVERRIDES: images per second over workers x prefetch, and which to use"),
     "describe-data": ("trainer.launch.describe:main", "OVERRIDES: counts, sizes, colours, duplicates and bad files of a dataset"),

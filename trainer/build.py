@@ -11,11 +11,12 @@ import torch
 
 from trainer import models
 from trainer.compiling import compile_in_place
-from trainer.config import RunConfig
+from trainer.config import RunConfig, stage_runs
 from trainer.data.order import Order
 from trainer.data.source import Source, Subset, fingerprints
-from trainer.engine import Periods
+from trainer.ema import Ema, Swa
 from trainer.errors import ConfigError, Problem
+from trainer.parts import freeze
 from trainer.random import fold
 from trainer.task import DataInfo, Task
 from trainer.update import has_batch_statistics
@@ -61,18 +62,23 @@ def build_data(run: RunConfig) -> Data:
         first = _order(run, train).step_samples(0).index
         train = Subset(train, np.unique(first))
         val = train
-    order = _order(run, train)
+    order = order_of(stage_runs(run)[0], train)
+    return Data(train, val, order, run.loop.steps or run.loop.num_epochs * order.steps_per_epoch, prints)
+
+
+def order_of(run: RunConfig, source: Source) -> Order:
+    """The order of training on `source`. Raises ConfigError where there is less than a batch of it."""
+    order = _order(run, source)
     if order.steps_per_epoch == 0:
         raise ConfigError(
             Problem(
                 "loop.batch_size",
                 run.loop.batch_size,
-                f"is more than the {len(train)} training images there are",
-                f"loop.batch_size={_power_below(len(train))}",
+                f"is more than the {len(source)} training images there are",
+                f"loop.batch_size={_power_below(len(source))}",
             )
         )
-    epochs = run.loop.epochs or run.loop.default_epochs
-    return Data(train, val, order, run.loop.steps or epochs * order.steps_per_epoch, prints)
+    return order
 
 
 def _order(run: RunConfig, source: Source) -> Order:
@@ -105,6 +111,7 @@ def build_task(run: RunConfig, data: Data, device: torch.device, world_size: int
             )
         task = cast(Task, torch.nn.SyncBatchNorm.convert_sync_batchnorm(task))
         cut = [c for c in cut if c != "ranks"]
+    freeze(task, run.loop)
     models.prepare(task, run.loop)
     if cut and has_batch_statistics(task):
         logger.warning(
@@ -118,22 +125,25 @@ def build_task(run: RunConfig, data: Data, device: torch.device, world_size: int
     return task
 
 
-def periods_of(run: RunConfig, data: Data) -> Periods:
-    """When things are due, with periods in epochs turned into optimizer steps."""
+def build_average(run: RunConfig, data: Data, task: Task, epochs: float | None = None) -> Ema | None:
+    """The average of the weights that the run keeps, if it keeps one. `epochs`: of the whole run, where its stages differ."""
     loop, epoch = run.loop, data.steps_per_epoch
-    return Periods(
-        total=data.total_steps,
-        epoch=epoch,
-        log=loop.log_every,
-        validate=loop.validate_every_steps or (loop.validate_every or 0) * epoch,
-        checkpoint=(loop.checkpoint_every or 0) * epoch,
-        checkpoint_steps=loop.checkpoint_every_steps or 0,
-    )
+    if loop.swa_start is not None:
+        return Swa(task, round(loop.swa_start * data.total_steps), loop.swa_every or epoch)
+    if loop.ema_decay is None:
+        return None
+    decay = loop.ema_decay
+    if loop.ema_rescale:
+        # torchvision's references, train.py: the share of the newest weights grows with the images of an update and falls with the epochs.
+        decay = 1 - min(1.0, (1 - decay) * loop.batch_size * loop.ema_every / (epochs or data.total_steps / epoch))
+    return Ema(task, decay, loop.ema_every)
 
 
 def best_metric(run: RunConfig, task: Task) -> tuple[str, bool]:
     """The metric that decides `best`, and whether more of it is better."""
     metric = run.loop.best_metric or task.main_metric
+    if run.loop.best_mode is not None:
+        return metric, run.loop.best_mode == "max"
     if metric == task.main_metric:
         return metric, task.higher_is_better
     lower = ("loss", "error", "nmse", "entropy", "seconds")

@@ -87,6 +87,12 @@ class World:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def align(self, tensors: Sequence[Tensor]) -> None:
+        """Give every rank the main rank's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
     def barrier(self) -> None:
         """Wait for every rank. On the CPU: what the devices have queued goes on."""
         if self.size > 1:

@@ -1,4 +1,4 @@
-"""An exponential moving average of a module's weights. Knows tensors and their names, nothing of training."""
+"""Averages of a module's weights, exponential and equal. Knows tensors and their names, nothing of training."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Ema:
     device has to happen before.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, every: int = 1) -> None:
+        self.decay, self.every = decay, every  # every: optimizer steps from one update to the next
         live = averaged_tensors(module)
         self.names = list(live)
         self.live = list(live.values())
         self.averages = [tensor.detach().clone() for tensor in self.live]
+        self.buffers = [average for tensor, average in zip(self.live, self.averages) if not isinstance(tensor, nn.Parameter)]
 
     def update(self, step: int | None = None) -> None:
         """Once per optimizer step, when the weights have moved.
@@ -34,11 +35,21 @@ class Ema:
         With `step`, how many were finished before, the average forgets its start sooner: a decay of 0.9999 would be made of
         little else than the initial weights for 10,000 steps.
         """
+        if step is not None and (step + 1) % self.every:
+            return
         # TensorFlow's rule (tf.train.ExponentialMovingAverage, num_updates): an average over about a tenth of the run so far.
-        decay = self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
+        updates = 0 if step is None else step // self.every
+        self._move(1.0 - (self.decay if step is None else min(self.decay, (1 + updates) / (10 + updates))))
+
+    def _move(self, share: float) -> None:
+        """The averages go this share of the way to the weights; all the way with 1, exactly."""
         if self.live:
             with torch.no_grad():
-                torch._foreach_lerp_(self.averages, self.live, 1.0 - decay)
+                torch._foreach_lerp_(self.averages, self.live, share)
+
+    def restart(self) -> None:
+        """Begin anew with the weights as they are."""
+        self._move(1.0)
 
     @contextmanager
     def swapped(self, module: nn.Module) -> Iterator[None]:
@@ -67,6 +78,26 @@ class Ema:
             raise KeyError(f"averages of another module: missing {missing[:5]}, unknown {unknown[:5]}")
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(state[name])
+
+
+class Swa(Ema):
+    """Stochastic weight averaging (arXiv:1803.05407): the equal average of the weights at regular steps of the run's last part.
+
+    Until then it is the weights themselves. How many there are in it follows from the step, so there is nothing to save but the
+    average. Batch statistics are averaged alike, as torch's AveragedModel does with `use_buffers`; no extra pass over the data.
+    """
+
+    def __init__(self, module: nn.Module, start: int, every: int) -> None:
+        super().__init__(module, 0.0)
+        self.start, self.every = start, every
+
+    def update(self, step: int | None = None) -> None:
+        assert step is not None, "an equal average needs to know how many there were before"
+        count, rest = divmod(step + 1 - self.start, self.every)
+        if count <= 0:
+            self._move(1.0)
+        elif not rest:
+            self._move(1.0 / count)
 
 
 def averaged_tensors(module: nn.Module, *, trained_only: bool = True) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from trainer.distributed import World
 from trainer.errors import Diverged
 from trainer.random import fold, mix
 from trainer.state import TrainState
-from trainer.task import Batch, ComparesWithTraining, Illustrates, Progress, StepOutput, Task
+from trainer.task import Batch, ComparesWithTraining, Evaluator, Illustrates, Progress, StepOutput, Task
 from trainer.update import BufferGuard, Clip, Rates, Update, clip_adaptively, clip_each, clip_values
 
 logger = logging.getLogger(__name__)
@@ -33,17 +33,31 @@ STEP_ODD = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: consecutive steps 
 
 @dataclass(frozen=True)
 class Periods:
-    """When things are due, in optimizer steps. 0 = only at the end."""
+    """When things are due, in optimizer steps. 0 = only at the end.
+
+    A run may have several stages with periods of their own; then these are one stage's, [start, stop) of the run's `total`.
+    """
 
     total: int
-    epoch: int
+    epoch: int  # the length of one
     log: int
     validate: int
     checkpoint: int
     checkpoint_steps: int = 0
+    start: int = 0
+    stop: int | None = None  # None = total
+    epochs_before: int = 0  # the stage
+
+    @property
+    def end(self) -> int:
+        return self.total if self.stop is None else self.stop
 
     def is_due(self, every: int, step: int) -> bool:
-        return step == self.total or (every > 0 and step % every == 0)
+        return step == self.end or (every > 0 and (step - self.start) % every == 0)
+
+    def epochs_at(self, step: int) -> float:
+        """Epochs of the run that are finished at `step`."""
+        return self.epochs_before + (step - self.start) / self.epoch
 
 
 class Reporter(Protocol):
@@ -112,7 +126,7 @@ class Engine:
         self.reference: Iterable[Batch] | None = None
 
     def fit(self, batches: Iterable[Batch], validation: Iterable[Batch] | None, reference: Iterable[Batch] | None = None) -> int:
-        """Train until the last step or until told to stop. Returns 0, or the reason the ranks agreed on.
+        """Train until the stage's last step or until told to stop. Returns 0, or the reason the ranks agreed on.
 
         `reference` is the training set as validation sees it, for evaluators that compare with it.
         """
@@ -124,7 +138,7 @@ class Engine:
         self.state.task.train()
         if self._validation_is_owed():  # killed between a checkpoint and its validation
             self._validate(validation)
-        while state.step < periods.total and not self.stop_reason:
+        while state.step < periods.end and not self.stop_reason:
             self.train_step(stream)
             step = state.step
             self.reporter.tick()
@@ -148,7 +162,8 @@ class Engine:
         # In-model noise is a function of (seed, rank, step): a resumed run draws what it would have drawn.
         reseed(mix(self.seed + step * STEP_ODD))
         self.update.set_rates(step)
-        progress = Progress(step, self.periods.total, self.periods.epoch)
+        periods = self.periods
+        progress = Progress(step, periods.total, periods.epoch, periods.start, periods.epochs_before)
         if self.guards_buffers:
             self.guard.save()
         total = self._backward(stream, progress, window)
@@ -216,12 +231,19 @@ class Engine:
         return batch
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], *, illustrate: bool = False) -> dict[str, float] | None:
-        """One validation pass, with the averaged weights where there are some. Collective. None if the ranks stopped in it."""
+    def evaluate(
+        self, batches: Iterable[Batch], *, illustrate: bool = False, evaluator: Evaluator | None = None
+    ) -> dict[str, float] | None:
+        """One validation pass, with the averaged weights where there are some. Collective. None if the ranks stopped in it.
+
+        `evaluator` is a fresh one of the task's, for who wants to ask it for more than scores.
+        """
         task = self.state.task
         task.eval()
-        evaluator = task.evaluator()
+        evaluator = evaluator or task.evaluator()
         reseed(mix(self.seed))
+        # DDP gives all ranks the main rank's batch statistics, but only as the next step begins; a checkpoint holds the main rank's.
+        self.world.align([live for live, _ in self.guard.blocks] + (self.state.ema.buffers if self.state.ema else []))
         weights: AbstractContextManager[Any] = self.state.ema.swapped(task) if self.state.ema else nullcontext()
         scores = None
         with weights:

@@ -6,6 +6,7 @@ It records no environment variables but a few harmless ones: others may hold key
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import socket
@@ -24,6 +25,7 @@ VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "CUBLAS_WORKSPACE_CONFIG", "NCCL_DEBUG",
     "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT",
 )  # fmt: skip
+STATE_FILE = "code_state.json"  # beside trainer/ in a copy of the code: what git said of the original
 SPLITS = {"train": "training", "val": "validation"}
 _LONGEST_DIFF = 1_000_000  # characters; beyond it, data were changed, not code
 
@@ -58,7 +60,10 @@ def code_state(folder: Path | None = None) -> dict[str, Any] | None:
     `code` sums up all of it: two runs with equal `code` ran the same files. Untracked files count too where they are Python
     or YAML: a new task is one of them until it is committed.
     """
-    folder = folder or Path(__file__).resolve().parent
+    if folder is None:
+        folder = Path(__file__).resolve().parent
+        if (copied := folder.parent / STATE_FILE).exists():
+            return json.loads(copied.read_text())
     root = _git(folder, "rev-parse", "--show-toplevel")
     if root is None:
         return None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.task import Batch
@@ -32,6 +33,17 @@ def all_cat(x: Tensor) -> Tensor:
     return torch.cat([part[: int(count.item())] for part, count in zip(parts, counts, strict=True)])
 
 
+def scores_of_logits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy, and whether the label is the best and among the best five, of each image, [N] each."""
+    logits = logits.float()  # [N, C]
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)  # [N, 5]
+    return {
+        "loss": F.cross_entropy(logits, labels, reduction="none"),
+        "top1": hits[:, 0].float(),
+        "top5": hits.any(1).float(),
+    }
+
+
 class Mean:
     """Exact means over the whole set.
 
@@ -43,6 +55,7 @@ class Mean:
         self.per_sample = per_sample  # batch -> {name: [N]}
         self.names: list[str] = []
         self.rows: list[Tensor] = []  # [N, 1 + names] each: index, values
+        self.table: Tensor | None = None  # of all ranks, in the dataset's order, once computed
 
     def update(self, batch: Batch) -> None:
         values = self.per_sample(batch)
@@ -60,9 +73,15 @@ class Mean:
         device = self.rows[0].device if self.rows else _device()
         mine = torch.cat(self.rows) if self.rows else torch.zeros(0, 1 + len(self.names), dtype=torch.float64, device=device)
         table = all_cat(mine)
-        table = table[table[:, 0].argsort(stable=True)]
+        table = self.table = table[table[:, 0].argsort(stable=True)]
         means = (table[:, 1:].sum(0) / table.shape[0]).tolist()
         return dict(zip(self.names, means, strict=True))
+
+    def column(self, name: str) -> Tensor:
+        """A value of every sample, [N] float64, once computed; `index` is its place in the dataset."""
+        if self.table is None:
+            return torch.zeros(0, dtype=torch.float64)
+        return self.table[:, ["index", *self.names].index(name)]
 
 
 def _device() -> torch.device:

@@ -29,6 +29,7 @@ from trainer.config.plain import from_plain
 from trainer.data.source import BadSample
 from trainer.errors import ConfigError, DataError, Problem
 from trainer.random import SampleRandom
+from trainer.resample import resampled
 from trainer.state import load_strictly
 from trainer.task import DataInfo, Task
 
@@ -55,6 +56,11 @@ def load_model(path: str | PathLike[str], checkpoint: str | PathLike[str] = "bes
         CheckpointError: the file is damaged.
     """
     task, run, content = load_task(path, checkpoint)
+    return dressed(task, run, content, device)
+
+
+def dressed(task: Task, run: RunConfig, content: Mapping[str, Any], device: str | torch.device = "cpu") -> nn.Module:
+    """The network of a loaded task, in eval mode, with its transform and its classes."""
     network = task.network()
     augmentation = task.augmentation(train=False) or run.augmentation.build(run.dataset, train=False)
     # Plain attributes: the network's class is its library's, and its names and state dict stay as they are.
@@ -63,9 +69,14 @@ def load_model(path: str | PathLike[str], checkpoint: str | PathLike[str] = "bes
     return network.to(device).eval().requires_grad_(False)
 
 
-def load_task(path: str | PathLike[str], checkpoint: str | PathLike[str] = "best") -> tuple[Task, RunConfig, dict[str, Any]]:
+def load_task(
+    path: str | PathLike[str], checkpoint: str | PathLike[str] = "best", run: RunConfig | None = None
+) -> tuple[Task, RunConfig, dict[str, Any]]:
     """The whole task of a run with its trained weights (averaged ones where there are some), its config, and what else the
-    checkpoint holds."""
+    checkpoint holds.
+
+    `run` is the run's config with settings changed. Position embeddings are resampled to its image size.
+    """
     file = _find(Path(path), checkpoint)
     content = load(file)
     if not {"config", "classes", "channels", "data", "task"} <= content.keys():
@@ -77,22 +88,32 @@ def load_task(path: str | PathLike[str], checkpoint: str | PathLike[str] = "best
                 "init_from takes foreign weights",
             )
         )
-    run = offline(from_plain(content["config"]))
+    changed = run is not None
+    run = offline(from_plain(content["config"]) if run is None else run)
     data = DataInfo(classes=tuple(content["classes"]), channels=content["channels"], **content["data"])
     with torch.random.fork_rng(devices=[]):  # the first weights are drawn and thrown away; the caller's numbers are not ours to use
         task = run.task.build(run, data)
     hidden = tuple(f"{name}." for name in task.never_trained())
+    weights = {**content["task"], **(content.get("ema") or {})}
     try:
-        load_strictly(task, {**content["task"], **(content.get("ema") or {})}, hidden)
+        load_strictly(task, _resized(task, weights) if changed else weights, hidden)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(Problem("checkpoint", file, f"does not fit the network that its config builds today: {error}")) from error
     return task, run, content
 
 
+def _resized(task: Task, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` with what follows from the image size fitted to the task's; what does not fit is left for the loader to name."""
+    own = task.state_dict()
+    other = {name for name, tensor in weights.items() if name in own and own[name].shape != tensor.shape}
+    fitted = {name: resampled(task, name, weights[name], own[name]) for name in other}
+    return {name: tensor if (new := fitted.get(name)) is None else new for name, tensor in weights.items()}
+
+
 def offline(run: RunConfig) -> RunConfig:
-    """`run` without pretrained weights: all weights come from the checkpoint, and nothing is to be fetched."""
+    """`run` without pretrained weights and teachers: all weights come from the checkpoint, and nothing is to be fetched."""
     changes = {name: value for name, value in (("pretrained", False), ("weights", None)) if hasattr(run.model, name)}
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes)) if changes else run
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, **changes), task=run.task.for_inference())
 
 
 def _find(path: Path, checkpoint: str | PathLike[str]) -> Path:
@@ -141,9 +162,12 @@ class Transform:
         if isinstance(images, Tensor):
             assert images.ndim == 4, f"a batch is [N, C, H, W]; this tensor is {tuple(images.shape)}"
             return self._batch(images, {})
+        return self._batch(self.pixels(images), {})
+
+    def pixels(self, images: Any) -> Tensor:
+        """The first half alone: cut and resized, uint8 [N, C, H, W]."""
         several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        cut = [self._cut(image) for image in (images if several else [images])]
-        return self._batch(torch.stack(cut), {})
+        return torch.stack([self._cut(image) for image in (images if several else [images])])
 
     def _cut(self, image: Any) -> Tensor:
         """What a loader's worker does: [C, H, W]."""

@@ -21,6 +21,7 @@ from trainer import adamw
 from trainer.config.names import nearest
 from trainer.config.optimizer import OptimizerConfig, ParamRule
 from trainer.errors import ConfigError, Problem
+from trainer.parts import heads
 
 if TYPE_CHECKING:
     from trainer.config.optimizer import AdamW, Sgd, TimmOptimizer
@@ -35,10 +36,14 @@ NORMS = (
 )
 
 
-def parameter_groups(module: nn.Module, cfg: OptimizerConfig, batch_size: int, own_rules: Sequence[ParamRule] = ()) -> list[dict[str, Any]]:
+def parameter_groups(
+    module: nn.Module, cfg: OptimizerConfig, batch_size: int, own_rules: Sequence[ParamRule] = (), total_steps: int = 1
+) -> list[dict[str, Any]]:
     """Groups of {params, lr, weight_decay} over everything in `module` that trains; parameters of equal rates share one.
 
-    `own_rules` are the module's own, for what no rule of the config matches. A rule with lr_factor 0 freezes: it takes requires_grad away, so call this before wrapping the module in DDP.
+    `own_rules` are the module's own, for what no rule of the config matches. `total_steps` is the length of the run, which a
+    normalised weight decay depends on. A rule with lr_factor 0 freezes: it takes requires_grad away, so call this before
+    wrapping the module in DDP.
     """
     rules = _match_rules(module, cfg)
     for name, _ in module.named_parameters():
@@ -46,6 +51,7 @@ def parameter_groups(module: nn.Module, cfg: OptimizerConfig, batch_size: int, o
         if own is not None:
             rules.setdefault(name, own)
     scales = layer_scales(module, cfg.layer_decay)
+    head, backbone = _backbone(module, cfg)
     spared = set(_spared(module, cfg))
     peak = cfg.scaled_lr(batch_size)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -55,10 +61,11 @@ def parameter_groups(module: nn.Module, cfg: OptimizerConfig, batch_size: int, o
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
-        lr = peak * scales.get(name, 1.0) * rule.lr_factor
+        lr = peak * scales.get(name, 1.0) * rule.lr_factor * (1.0 if name.startswith(head) else backbone)
         weight_decay = rule.weight_decay
         if weight_decay is None:
             weight_decay = 0.0 if name in spared else cfg.weight_decay
+        weight_decay = cfg.scaled_weight_decay(weight_decay, total_steps)
         group = groups.setdefault((lr, weight_decay), {"params": [], "lr": lr, "weight_decay": weight_decay})
         group["params"].append(parameter)
     if not groups:
@@ -85,6 +92,17 @@ def _match_rules(module: nn.Module, cfg: OptimizerConfig) -> dict[str, ParamRule
     if problems:
         raise ConfigError(*problems)
     return taken
+
+
+def _backbone(module: nn.Module, cfg: OptimizerConfig) -> tuple[tuple[str, ...], float]:
+    """Prefixes of the head's parameters, and the factor on the learning rate of all others."""
+    if cfg.backbone_lr is None:
+        return (), 1.0
+    head = heads(module)
+    if not head:
+        reason = f"no network in {type(module).__name__} has a head that could be told from the rest"
+        raise ConfigError(Problem("optimizer.backbone_lr", cfg.backbone_lr, reason, "optimizer.rules=[{pattern: ..., lr_factor: ...}]"))
+    return head, cfg.backbone_lr / cfg.lr
 
 
 def _close_to(pattern: str, names: list[str]) -> str:

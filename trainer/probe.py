@@ -6,9 +6,11 @@ figure on any number of ranks. They know no task: whoever has features and label
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -71,3 +73,27 @@ class LinearProbe:
     def __call__(self, features: Tensor) -> Tensor:
         """Logits [N, C] of features [N, D]."""
         return F.linear(features.to(self.weight.dtype), self.weight, self.bias)
+
+
+def pooled_features(network: nn.Module, images: Tensor) -> Tensor:
+    """What the network's classifier is given, [N, D]; the output of a network that has none."""
+    return features_and_output(network, images)[0]
+
+
+def features_and_output(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network's classifier is given, [N, D], and what the network makes of the images, in one pass."""
+    timm: Any = network
+    if callable(getattr(network, "forward_features", None)) and callable(getattr(network, "forward_head", None)):
+        maps = timm.forward_features(images)
+        return timm.forward_head(maps, pre_logits=True), timm.forward_head(maps)
+    linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
+    seen: list[Tensor] = []
+    handles = [part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for part in linear[-1:]]
+    try:
+        output = network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The last linear layer is the classifier where its output is the network's; in attention, say, it is not.
+    is_classifier = bool(seen) and seen[-1].ndim == 2 and output.shape == (len(images), linear[-1].out_features)
+    return (seen[-1] if is_classifier else output), output

@@ -6,7 +6,7 @@ It stands between the engine, which knows when, and the run directory, which kno
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -36,13 +36,14 @@ class Recorder:
     metric: str
     higher_is_better: bool
     heartbeat: Callable[[], None] = lambda: None
+    labels: Mapping[str, float] = field(default_factory=dict)  # of the stage, where there are several: its number, image and batch size
     best_is_unsaved: bool = False
     prepared: bool = False
     last_saved: int = -1  # step of the last checkpoint asked for
 
     @property
     def epoch(self) -> float:
-        return round(self.state.step / self.periods.epoch, 4)
+        return round(self.periods.epochs_at(self.state.step), 4)
 
     def tick(self) -> None:
         self.heartbeat()
@@ -53,6 +54,7 @@ class Recorder:
         self.display.advance(self.state.step)
 
     def logged(self, scalars: dict[str, float]) -> None:
+        scalars.update({f"train/{name}": value for name, value in self.labels.items()})
         self.journal.write(self.state.step, self.epoch, self.state.samples, scalars)
         self.display.logged(self.state.step, self.epoch, scalars)
         if self.world.is_main:
@@ -60,7 +62,7 @@ class Recorder:
 
     def validated(self, scores: dict[str, float]) -> None:
         state = self.state
-        row = {"step": state.step, "epoch": self.epoch, **scores}
+        row = {"step": state.step, "epoch": self.epoch, **self.labels, **scores}
         if self.metric.startswith("train/") and (mean := self.journal.totals.mean(self.metric)) is not None:  # the main rank knows
             row[self.metric] = mean
         is_best = self._is_best(row)
@@ -71,7 +73,7 @@ class Recorder:
         self.journal.write(state.step, self.epoch, state.samples, scores)
         self.journal.epoch({**row, "is_best": is_best, "checkpoint": f"checkpoints/{'best' if is_best else 'last'}.pt"})
         self.display.validated(state.step, self.epoch, scores, is_best=is_best)
-        due = state.step == self.periods.total or state.step == self.last_saved
+        due = state.step == self.periods.end or state.step == self.last_saved
         if is_best and not due:
             self.save()  # the engine would save at the next checkpoint, when these weights are gone
 
@@ -97,9 +99,9 @@ class Recorder:
         names = ["last"]
         if self.best_is_unsaved:
             names.append("best")
-        epoch_ends = self.periods.epoch > 0 and step % self.periods.epoch == 0
+        epoch_ends = (step - self.periods.start) % self.periods.epoch == 0
         if self.run.loop.keep_checkpoints and epoch_ends:
-            names.append(f"epoch-{step // self.periods.epoch:04d}")
+            names.append(f"epoch-{round(self.epoch):04d}")
         self.best_is_unsaved = False
         if self.writer:
             self.writer.save(self._checkpoint(), names)

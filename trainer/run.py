@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.amp.grad_scaler import GradScaler
 
-from trainer import debug, optim
-from trainer.build import Data, best_metric, build_data, build_task, periods_of
+from trainer import debug, lr_finder
+from trainer.build import Data, best_metric, build_data
 from trainer.checkpoint import Writer, load, newest_good, save_safetensors, set_aside
 from trainer.config import Progressing, Resume, RunConfig
 from trainer.config.plain import to_plain
-from trainer.data.loader import train_loader, validation_loader, worker_count
-from trainer.data.source import Source, Subset
 from trainer.distributed import World, open_world
-from trainer.ema import Ema
-from trainer.engine import Engine
+from trainer.engine import Engine, Periods
 from trainer.environment import changes, write_environment
-from trainer.errors import ConfigError, Interrupted, Problem
-from trainer.log import open_display, open_journal, open_log, show_facts, show_result
+from trainer.errors import ConfigError, Interrupted, Problem, TrainyardError
+from trainer.feeds import close, describe, loaders
+from trainer.lock import Busy
+from trainer.log import Display, Journal, open_display, open_journal, open_log, show_facts, show_result
 from trainer.recorder import Recorder
 from trainer.rundir import RunDirectory, run_directory
 from trainer.signals import StopSignals, stop_error
+from trainer.stages import Stage, begin, carry, stage_at, stages_of
 from trainer.state import TrainState, portrait
-from trainer.task import Batch, ComparesWithTraining, Task
+from trainer.task import Task
 from trainer.vote import StopVote
 from trainer.watchdog import Watchdog
 
@@ -54,6 +54,8 @@ def train(run: RunConfig, directory: RunDirectory | None = None) -> dict[str, An
         if world.is_main:
             stack.enter_context(directory.claim())
         world.barrier()  # nobody reads a checkpoint before the directory is ours
+        for needed in run.task.prerequisites(run):
+            finish_first(needed, world, signals)
         stack.enter_context(open_log(directory.path, world.rank))
         with known_errors(run, world):
             return _train(run, directory, world, signals, stack)
@@ -62,26 +64,31 @@ def train(run: RunConfig, directory: RunDirectory | None = None) -> dict[str, An
 def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopSignals, stack: ExitStack) -> dict[str, Any]:
     set_backends(run)
     data = build_data(run)
-    task = build_task(run, data, world.device, world.size)
-    state = build_state(run, task)
-    metric, higher_is_better = best_metric(run, task)
-    periods = periods_of(run, data)
-    resumed = restore(run, directory, state, world, data.train.classes)
+    stages = stages_of(run, data)
+    resumed = find_checkpoint(run, directory, world)
+    stage = stage_at(stages, resumed["step"] if resumed else 0)
+    state = begin(stage, world)
+    if resumed:
+        state.load_state_dict(resumed)
+    else:
+        start_from(run, state, world, data.train.classes)
 
     journal = stack.enter_context(open_journal(directory.path, run, world.is_main, resumed.get("logger")))
     journal.rewind(state.step, state.seconds if resumed else None)
     if run.logger.wandb.watch:
-        journal.watch(task, run.loop.log_every)
-    display = stack.enter_context(open_display(run.loop.progress, world.is_main, periods.total, data.steps_per_epoch))
+        journal.watch(state.task, run.loop.log_every)
+    total = stages[-1].stop
+    display = stack.enter_context(open_display(run.loop.progress, world.is_main, total, stages[-1].data.steps_per_epoch))
     writer = stack.enter_context(Writer(directory.checkpoints, keep=run.loop.keep_checkpoints)) if world.is_main else None
     if world.is_main:
         directory.write_config(run)
         record_environment(directory, data, world, resumed=bool(resumed))
-        directory.status("running", step=state.step, total_steps=periods.total)
+        directory.status("running", step=state.step, total_steps=total)
         if state.step == 0 and run.loop.progress is not Progressing.none:
-            show_facts(facts(directory, data, task))
+            show_facts(facts(directory, stages, state.task))
     watchdog = stack.enter_context(Watchdog(run.distributed.timeout, world))
     profile_step = stack.enter_context(debug.instruments(run.debug, directory.path, is_main=world.is_main))
+    vote = StopVote(world, signals.told)
 
     def alive() -> None:
         watchdog.tick()
@@ -89,36 +96,113 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
         if writer:
             signals.save_seconds = writer.save_seconds  # a deadline must leave time for one more
 
-    recorder = Recorder(
-        run, directory, state, periods, world, journal, display, writer,
-        portrait=portrait(to_plain(run), data.info()), metric=metric, higher_is_better=higher_is_better, heartbeat=alive,
-    )  # fmt: skip
-    engine = Engine(
-        state, world, run.scheduler.build(periods.total, data.steps_per_epoch), periods, run.loop, run.precision,
-        seed=run.seed, reporter=recorder, poll=StopVote(world, signals.told).poll,
-        step_size=None if run.loop.drop_last else data.order.step_size,
-        describe_step=lambda step: describe(data, step), inspect=debug.gradient_norms if run.debug.anomaly else None,
-        decay=run.optimizer.decay_factor if run.optimizer.weight_decay_end is not None else None,
-    )  # fmt: skip
-    reason = engine.fit(*loaders(run, data, task, world, state.step))
+    if run.loop.lr_finder and state.step == 0:
+        state, reason = lr_finder.before_run(stage, state, world, vote.poll, watchdog.tick, directory.path)
+        if reason:
+            raise stopped(reason, directory, world)
+    while True:
+        periods = stage.periods()
+        display.enter(str(stage) if stage.labels else "", stages[-1].periods().epochs_at(total), periods.epochs_at)
+        recorder = recorder_of(stage, directory, state, periods, world, journal, display, writer, alive)
+        engine = Engine(
+            state, world, stage.schedule(), periods, stage.run.loop, run.precision,
+            seed=run.seed, reporter=recorder, poll=vote.poll, step_size=None if run.loop.drop_last else stage.data.order.step_size,
+            describe_step=partial(describe, stage.data), inspect=debug.gradient_norms if run.debug.anomaly else None,
+            decay=run.optimizer.decay_factor if run.optimizer.weight_decay_end is not None else None,
+        )  # fmt: skip
+        sets = loaders(stage.run, stage.data, state.task, world, state.step)
+        reason = engine.fit(*sets)
+        if reason or stage is stages[-1]:
+            break
+        close(sets)
+        del engine  # and with it DDP's buffers
+        before, old, stage = stage, state, stages[stage.number]
+        state = begin(stage, world)
+        carry(old, state, before, stage)
+        del old
     if writer:
         writer.wait()
     if reason:
-        error = stop_error(reason, directory.path)
-        if world.is_main:  # said before the sinks are closed, which may take seconds that a preempted job does not have
-            directory.status("interrupted" if isinstance(error, Interrupted) else "preempted", reason=str(error))
-        raise error
+        raise stopped(reason, directory, world)
     if writer:
         writer.forget_previous()
-    result = recorder.result(sum(p.numel() for p in task.parameters() if p.requires_grad))
+    result = recorder.result(sum(p.numel() for p in state.task.parameters() if p.requires_grad))
     if world.is_main:
-        with state.ema.swapped(task) if state.ema else ExitStack():
-            save_safetensors(task.network(), directory.checkpoints / "model.safetensors")
+        with state.ema.swapped(state.task) if state.ema else ExitStack():
+            save_safetensors(state.task.network(), directory.checkpoints / "model.safetensors")
         directory.write_result(result)
         directory.status("completed", step=state.step)
         show_result(result, directory.path)
     world.barrier()
     return result
+
+
+def stopped(reason: int, directory: RunDirectory, world: World) -> TrainyardError:
+    """The error that a run ends with which the ranks have agreed to stop."""
+    error = stop_error(reason, directory.path)
+    if world.is_main:  # said before the sinks are closed, which may take seconds that a preempted job does not have
+        directory.status("interrupted" if isinstance(error, Interrupted) else "preempted", reason=str(error))
+    return error
+
+
+def find_lr(run: RunConfig, out: Path) -> dict[str, float]:
+    """Sweep the learning rate of `run` and write the curve to `out`, without a run directory. Every rank calls this."""
+    with StopSignals() as signals, open_world(run.distributed) as world, known_errors(run, world):
+        set_backends(run)
+        data = build_data(run)
+        stage = stages_of(run, data)[0]
+        state = begin(stage, world)
+        start_from(run, state, world, data.train.classes)
+        with Watchdog(run.distributed.timeout, world) as watchdog:
+            found, _, reason = lr_finder.sweep(stage, state, world, StopVote(world, signals.told).poll, watchdog.tick)
+        if reason:
+            raise Interrupted("the sweep was stopped before its end")
+        rates = lr_finder.conclude(found, run)
+        if world.is_main:
+            files = lr_finder.write(found, rates, out)
+            print(lr_finder.words(found, rates), *files, sep="\n")
+        return rates
+
+
+def recorder_of(
+    stage: Stage, directory: RunDirectory, state: TrainState, periods: Periods, world: World, journal: Journal, display: Display,
+    writer: Writer | None, heartbeat: Callable[[], None],
+) -> Recorder:  # fmt: skip
+    metric, higher_is_better = best_metric(stage.run, state.task)
+    return Recorder(
+        stage.run, directory, state, periods, world, journal, display, writer, labels=stage.labels,
+        portrait=portrait(to_plain(stage.portrait()), stage.data.info()), metric=metric, higher_is_better=higher_is_better, heartbeat=heartbeat,
+    )  # fmt: skip
+
+
+def finish_first(run: RunConfig, world: World, signals: StopSignals) -> None:
+    """Train what another run needs, if that has not been done; where another process is at it, wait for its end."""
+    directory = RunDirectory(run_directory(run))
+    while True:
+        with ExitStack() as stack:
+            place = world.broadcast(_place(directory, stack) if world.is_main else None)
+            if place == "ours":
+                if world.is_main:
+                    print(f"needed first, and kept for other runs: {directory}")
+                stack.enter_context(open_log(directory.path, world.rank))
+                with known_errors(run, world):
+                    _train(run, directory, world, signals, stack)
+            if place != "busy":
+                return
+        if reason := max(world.gather(int(signals.told()))):
+            raise stop_error(reason)
+        time.sleep(1.0)
+
+
+def _place(directory: RunDirectory, stack: ExitStack) -> str:
+    """finished, busy or ours; and if ours, claimed."""
+    if directory.is_finished():
+        return "finished"
+    try:
+        stack.enter_context(directory.claim())
+    except Busy:
+        return "busy"
+    return "finished" if directory.is_finished() else "ours"
 
 
 def set_backends(run: RunConfig) -> None:
@@ -129,39 +213,32 @@ def set_backends(run: RunConfig) -> None:
     torch.use_deterministic_algorithms(run.loop.deterministic)
 
 
-def build_state(run: RunConfig, task: Task) -> TrainState:
-    groups = optim.parameter_groups(task, run.optimizer, run.loop.batch_size, task.param_rules())
-    device = next(task.parameters()).device
-    return TrainState(
-        task=task,
-        optimizers=[run.optimizer.build(groups)],
-        scaler=GradScaler(device.type) if run.precision.autocast == "float16" else None,
-        ema=Ema(task, run.loop.ema_decay) if run.loop.ema_decay is not None else None,
-    )
-
-
-def restore(run: RunConfig, directory: RunDirectory, state: TrainState, world: World, classes: Sequence[str]) -> dict[str, Any]:
-    """Go on where the last good checkpoint stands, or start from `init_from`. Returns the checkpoint, {} at a start."""
+def find_checkpoint(run: RunConfig, directory: RunDirectory, world: World) -> dict[str, Any]:
+    """The last good checkpoint, on every rank; {} at a start."""
     found = newest_good(directory.checkpoints) if world.is_main else None
     chosen: Path | None = world.broadcast(found[0] if found else None)
     if chosen is None:
         if run.resume is Resume.must:
             raise ConfigError(Problem("resume", "must", f"there is no checkpoint in {directory.checkpoints}", "resume=auto"))
-        if run.init_from:
-            from trainer import weights
-
-            account = weights.load_weights(state.task, run.init_from, classes=classes or None)
-            if state.ema:  # it began as a copy of the weights that were drawn
-                state.ema = Ema(state.task, state.ema.decay)
-            if world.is_main:
-                print(account)
         return {}
     saved = found[1] if found else load(chosen)
-    state.load_state_dict(saved)
     if found and chosen.name != "last.pt":
         set_aside(directory.checkpoints / "last.pt")
-    logger.info("going on at step %d, from %s", state.step, chosen)
+    logger.info("going on at step %d, from %s", saved["step"], chosen)
     return saved
+
+
+def start_from(run: RunConfig, state: TrainState, world: World, classes: Sequence[str]) -> None:
+    """Load the weights of `init_from`, if there are to be any, and say what became of each."""
+    if run.init_from is None:
+        return
+    from trainer import weights
+
+    account = weights.load_weights(state.task, run.init_from, classes=classes or None)
+    if state.ema:  # it began as a copy of the weights that were drawn
+        state.ema.restart()
+    if world.is_main:
+        print(account)
 
 
 def record_environment(directory: RunDirectory, data: Data, world: World, *, resumed: bool) -> None:
@@ -172,57 +249,19 @@ def record_environment(directory: RunDirectory, data: Data, world: World, *, res
         logger.warning("%s; going on all the same. resume=never begins anew, beside this run", change)
 
 
-def loaders(
-    run: RunConfig, data: Data, task: Task, world: World, step: int
-) -> tuple[Iterable[Batch], Iterable[Batch] | None, Iterable[Batch] | None]:
-    """Training micro-batches from optimizer step `step` on; the validation set, if there is one; and the training set as
-    validation sees it, where the task's evaluator compares with it."""
-    cfg, classes = run.dataset, len(data.train.classes) or None
-    workers = worker_count(cfg.num_workers, world.local_size, world.device)
-    shared = {
-        "workers": workers, "prefetch": cfg.prefetch, "timeout": cfg.worker_timeout, "max_bad_samples": cfg.max_bad_samples, "num_classes": classes,
-    }  # fmt: skip
-    augmentation = task.augmentation(train=True) or run.augmentation.build(cfg, train=not run.debug.overfit)
-    batches = train_loader(data.train, augmentation, data.order, world, accumulate=run.loop.accumulate, start_step=step, **shared)
-    if data.val is None or len(data.val) == 0:
-        return batches, None, None
-    size = max(1, run.loop.batch_size // (world.size * run.loop.accumulate))
-
-    def once(source: Source, max_batches: int | None) -> Iterable[Batch]:
-        as_is = task.augmentation(train=False) or run.augmentation.build(cfg, train=False)
-        return validation_loader(source, as_is, world, seed=run.seed, batch_size=size, max_batches=max_batches, **shared)
-
-    validation = once(data.val, run.loop.max_validation_batches)
-    known = data.train
-    streamed = hasattr(known, "divide")  # read front to back, so that nobody can ask for some of it
-    if streamed or not isinstance(task.evaluator(), ComparesWithTraining):
-        return batches, validation, None
-    if run.loop.max_reference_images is not None and run.loop.max_reference_images < len(known):
-        known = Subset(known, spread(len(known), run.loop.max_reference_images))
-    return batches, validation, once(known, None)
-
-
-def spread(size: int, count: int) -> np.ndarray:
-    """`count` places, evenly over 0 … size - 1, [count] int64: folders are sorted by class, so the first would be of few."""
-    return np.arange(count, dtype=np.int64) * size // count
-
-
-def facts(directory: RunDirectory, data: Data, task: Task) -> dict[str, str]:
+def facts(directory: RunDirectory, stages: Sequence[Stage], task: Task) -> dict[str, str]:
     """What a person wants to see before the first step."""
-    info, parameters = data.info(), sum(p.numel() for p in task.parameters() if p.requires_grad)
+    info, epochs = stages[-1].data.info(), stages[-1].data.steps_per_epoch
+    parameters = [sum(p.numel() for p in task.parameters() if p.requires_grad or frozen) for frozen in (False, True)]
+    length = f"{info.total_steps / epochs:g} epochs of {epochs:g}" if len(stages) == 1 else "; ".join(map(str, stages))
+    frozen = "" if parameters[0] == parameters[1] else f" of {parameters[1]:,} train"
     classes = f" of {len(info.classes)} classes" if info.classes else ""
     return {
         "run": str(directory.path),
         "data": f"{info.num_train:,} images{classes} to train on, {info.num_val:,} to validate on",
-        "model": f"{type(task.network()).__name__}, {parameters:,} parameters",
-        "length": f"{info.total_steps:,} steps, {info.total_steps / info.steps_per_epoch:g} epochs of {info.steps_per_epoch:g}",
+        "model": f"{type(task.network()).__name__}, {parameters[0]:,}{frozen} parameters",
+        "length": f"{info.total_steps:,} steps, {length}",
     }
-
-
-def describe(data: Data, step: int) -> str:
-    """The samples of a step, for a message."""
-    indices = data.order.step_samples(step).index[:8].tolist()
-    return f"That batch begins with {', '.join(data.train.name(i) for i in indices)}"
 
 
 @contextmanager

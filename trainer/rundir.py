@@ -71,6 +71,7 @@ class RunDirectory:
         self.environment_path = self.path / "environment.json"
         self.status_path = self.path / "status.json"
         self.result_path = self.path / "result.json"
+        self.extensions_path = self.path / "extended.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
@@ -94,6 +95,13 @@ class RunDirectory:
 
     def has_checkpoint(self) -> bool:
         return any(self.checkpoints.glob("*.pt"))
+
+    def extensions(self) -> list[dict[str, Any]]:
+        """How the run was made longer than its first command said, by `python -m trainer extend`; config.yaml is the last word."""
+        return (_read_json(self.extensions_path) or {}).get("extensions", [])
+
+    def record_extension(self, **facts: Any) -> None:
+        write_atomically(self.extensions_path, _json({"extensions": [*self.extensions(), facts]}))
 
     def is_finished(self) -> bool:
         return self.result_path.exists() and self.read_status().get("state") == "completed"
@@ -260,7 +268,10 @@ def _finite(value: Any) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no mapping")
+        return content
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

@@ -73,6 +73,19 @@ class Schedule:
         return self._momentum(max(step - self.warmup_steps, 0))
 
 
+class Later:
+    """A schedule that begins at a later step of the run: that of a stage."""
+
+    def __init__(self, schedule: Schedule, start: int) -> None:
+        self.schedule, self.start = schedule, start
+
+    def factor(self, step: int) -> float:
+        return self.schedule.factor(step - self.start)
+
+    def momentum(self, step: int) -> float | None:
+        return self.schedule.momentum(max(0, step - self.start))
+
+
 def ramp_steps(cfg: SchedulerConfig, steps_per_epoch: float) -> tuple[int, int]:
     """Optimizer steps of warm-up and of cool-down."""
     warmup = cfg.warmup_steps if cfg.warmup_steps is not None else round(cfg.warmup_epochs * steps_per_epoch)

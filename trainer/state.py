@@ -32,6 +32,7 @@ class TrainState:
     skipped: int = 0  # steps left out for a gradient that was not finite
     best: dict[str, Any] | None = None  # {"step", "epoch", metric: value, ...} of the best validation
     validated: int = 0  # step of the last validation
+    lr_factor: float = 1.0  # on the config's learning rates, where a sweep has found another
     history: list[dict[str, Any]] = field(default_factory=list)  # one row per validation, for result.json
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,7 +54,14 @@ class TrainState:
             "best": self.best,
             "validated": self.validated,
             "history": list(self.history),
+            "lr_factor": self.lr_factor,
         }
+
+    def scale_rates(self, factor: float) -> None:
+        """Multiply every peak learning rate. Before the engine is made, which takes them as they are."""
+        self.lr_factor *= factor
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
+            group["lr"] *= factor
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         hidden = tuple(f"{name}." for name in self.task.never_trained())
@@ -71,6 +79,7 @@ class TrainState:
         self.step, self.samples, self.seconds = saved["step"], saved["samples"], saved["seconds"]
         self.skipped, self.best, self.validated = saved["skipped"], saved["best"], saved["validated"]
         self.history = list(saved["history"])
+        self.scale_rates(saved.get("lr_factor", 1.0))
 
 
 def network_name(task: Task) -> str | None:
@@ -83,8 +92,10 @@ def network_name(task: Task) -> str | None:
 
 
 def load_strictly(task: Task, weights: Mapping[str, Tensor], hidden: tuple[str, ...]) -> None:
-    """Load every weight; only those under `hidden` prefixes, which are rebuilt and not saved, may be missing."""
+    """Load every weight. Those under `hidden` prefixes are rebuilt, not saved: they may be missing, and saved ones are left out."""
     own = task.state_dict()
+    if hidden:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith(hidden)}
     missing = [name for name in own if name not in weights and not (hidden and name.startswith(hidden))]
     unknown = [name for name in weights if name not in own]
     shapes = [

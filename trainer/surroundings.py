@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -157,7 +158,25 @@ def ranks_to_start(distributed: DistributedConfig) -> int:
 
 def num_ranks(distributed: DistributedConfig) -> int:
     """How many ranks the run will have, seen from this process before it starts."""
+    if _elsewhere:
+        return _elsewhere[-1]
     return surroundings().size if surroundings().size > 1 else ranks_to_start(distributed)
+
+
+_elsewhere: list[int] = []
+
+
+@contextmanager
+def as_if(ranks: int | None) -> Iterator[None]:
+    """Within, `num_ranks` answers for a run that will start elsewhere with so many; None changes nothing."""
+    if ranks is None:
+        yield
+        return
+    _elsewhere.append(ranks)
+    try:
+        yield
+    finally:
+        _elsewhere.pop()
 
 
 @lru_cache
@@ -237,6 +256,6 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def end_with_parent() -> None:
-    """SIGKILL to this process when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG = 1)."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """This signal to this process when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG = 1)."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from trainer.probe import pooled_features
+
 if TYPE_CHECKING:
     from trainer.config.optimizer import ParamRule
     from trainer.data.augment import Augmentation
@@ -24,7 +26,9 @@ class Progress:
 
     step: int
     total: int  # optimizer steps of the whole run
-    steps_per_epoch: float
+    steps_per_epoch: float  # of this stage of the run
+    stage_start: int = 0  # the step at which the stage began
+    epochs_before: float = 0.0  # that were finished by then
 
     @property
     def fraction(self) -> float:
@@ -32,7 +36,7 @@ class Progress:
 
     @property
     def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
+        return self.epochs_before + (self.step - self.stage_start) / self.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,31 @@ class StepOutput:
     weight: Tensor | None = None  # [] how many items the loss is a mean over; None = the images of the micro-batch
 
 
+@dataclass(frozen=True)
+class Report:
+    """What an evaluator knows beside its scores; `python -m trainer evaluate` prints it and writes it down.
+
+    samples: one row for each sample, with its `index` in the dataset. tables: rows by the name of the table. matrices: by
+    name, (names of rows and columns, counts or values [C][C], true class by predicted class).
+    """
+
+    samples: Sequence[Mapping[str, Any]] = ()
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    matrices: Mapping[str, tuple[Sequence[str], Sequence[Sequence[float]]]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """An evaluator that has a report: asked for on the main rank, after `compute()`; not collective."""
+
+    def report(self) -> Report: ...
+
+
 class Evaluator(Protocol):
-    """One validation pass. Made fresh for each pass, so there is nothing to reset. Sums and counts, never means."""
+    """One validation pass. Made fresh for each pass, so there is nothing to reset. Sums and counts, never means.
+
+    It may be one of `Reports` too.
+    """
 
     def update(self, batch: Batch) -> None: ...
     def compute(self) -> dict[str, float]: ...  # collective: every rank calls it, every rank gets the answer
@@ -88,6 +115,7 @@ class Task(nn.Module, ABC):
     find_unused_parameters = False
     main_metric = "val/loss"  # decides `best` unless loop.best_metric says otherwise
     higher_is_better = False
+    held: Sequence[nn.Module] = ()  # frozen parts, which stay in evaluation mode while the rest trains
 
     @abstractmethod
     def training_step(self, batch: Batch, progress: Progress, /) -> StepOutput: ...
@@ -107,6 +135,10 @@ class Task(nn.Module, ABC):
         """What is exported and what `load_model` returns: by convention the submodule `model`."""
         return self.get_submodule("model")
 
+    def features(self, images: Tensor) -> Tensor:
+        """What nearest neighbours and linear classifiers judge the network by, [N, D]."""
+        return pooled_features(self.network(), images)
+
     def param_rules(self) -> Sequence[ParamRule]:
         """The task's own learning rates and weight decays by parameter name; the user's `optimizer.rules` come first."""
         return ()
@@ -115,11 +147,26 @@ class Task(nn.Module, ABC):
         """What `loop.compile` compiles."""
         return [self.network()]
 
+    def predict(self, batch: Batch) -> Sequence[Sequence[Mapping[str, Any]]]:
+        """What is found in each image, for people: its rows of a table, the surest first, perhaps none. Boxes are under
+        x1 y1 x2 y2, in pixels of the network's image. `python -m trainer predict` calls it with images that have no labels."""
+        raise NotImplementedError
+
+    def restrict(self, classes: Sequence[int]) -> None:
+        """Let only these classes compete from now on."""
+        raise NotImplementedError
+
     def before_update(self, progress: Progress) -> None:
         """Gradients are final and unscaled; the optimizers have not stepped."""
 
     def after_update(self, progress: Progress) -> None:
         """The optimizers have stepped. EMA teachers move here."""
+
+    def train(self, mode: bool = True) -> Task:
+        super().train(mode)
+        for part in self.held:
+            part.eval()
+        return self
 
     def forward(self, batch: Batch, progress: Progress) -> StepOutput:
         return self.training_step(batch, progress)

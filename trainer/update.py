@@ -191,4 +191,5 @@ class BufferGuard:
 
 def has_batch_statistics(module: nn.Module) -> bool:
     """Whether the result depends on which samples share a batch."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+    held = {id(m) for part in getattr(module, "held", ()) for m in part.modules()}  # in evaluation mode throughout
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and id(m) not in held for m in module.modules())

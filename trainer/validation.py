@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from trainer.config import DatasetConfig, Facts, LrScaling, ModelConfig, RunConfig
+from trainer.config import DatasetConfig, Facts, LrScaling, ModelConfig, RunConfig, stage_runs
 from trainer.config.fields import MISSING, field_problems, schemas
+from trainer.config.stages import in_stage, length_problems
 from trainer.errors import ConfigError, Problem
 from trainer.surroundings import num_ranks, surroundings, usable_cores, visible_gpus
 
@@ -29,15 +30,16 @@ def validate(run: RunConfig) -> None:
         raise ConfigError(*problems)
 
 
-def problems_of(run: RunConfig) -> Iterator[Problem]:
-    """Every problem of the run: of its fields, of its parts, and between them."""
+def problems_of(run: RunConfig, *, trains: bool = True) -> Iterator[Problem]:
+    """Every problem of the run: of its fields, of its parts, and between them. `trains=False`: it only looks at data."""
     bad_fields = list(field_problems(run))
     yield from bad_fields
     if any(p.value == MISSING for p in bad_fields):
         return  # a rule would meet "???" where it expects a number
     facts, bad_data = _facts(run)
     yield from bad_data
-    for rule in RULES if facts is None else (*RULES, *RULES_ON_DATA):
+    rules = RULES if facts is None else (*RULES, *RULES_ON_DATA)
+    for rule in rules if trains else (rule for rule in rules if rule not in RULES_OF_TRAINING):
         # A value out of its range has been told; that a rule stumbles over it is no news.
         with suppress(*([Exception] if bad_fields else [])):
             yield from rule(run, facts or Facts())
@@ -160,7 +162,18 @@ def names(run: RunConfig, facts: Facts) -> Iterator[Problem]:
             yield Problem("logger.wandb.tags", tag, "a tag of W&B has 1 to 64 characters")
 
 
-RULES: tuple[Rule, ...] = (parts, task_and_dataset, task_and_model, task_and_augmentation, mixing, ranks, names)
+def stages(run: RunConfig, facts: Facts) -> Iterator[Problem]:
+    """The stages make up the run, and each of them could be one."""
+    yield from length_problems(run)
+    for i, stage in enumerate(stage_runs(run) if run.loop.stages else ()):
+        size = stage.dataset.image_size
+        for problem in (*stage.model.problems("model", size), *mixing(stage, facts), *ranks(stage, facts)):
+            told = in_stage(run, i, problem)
+            if told is not None:
+                yield told
+
+
+RULES: tuple[Rule, ...] = (parts, task_and_dataset, task_and_model, task_and_augmentation, mixing, ranks, names, stages)
 
 
 # Rules on what the dataset says about itself
@@ -191,10 +204,27 @@ def readers(run: RunConfig, facts: Facts) -> Iterator[Problem]:
 
 
 def length(run: RunConfig, facts: Facts) -> Iterator[Problem]:
-    """An epoch has at least one batch, and warm-up and cool-down fit into the run."""
+    """An epoch has at least one batch, and warm-up and cool-down fit into the run, or into each of its stages."""
     if facts.num_train is None:
         return
-    steps = steps_per_epoch(run, facts.num_train)
+    if not run.loop.stages:
+        yield from _length(run, facts.num_train)
+        return
+    parts, told, whole = stage_runs(run), set(), run.loop.stage_schedule == "whole"
+    for i, stage in enumerate(parts):
+        for problem in _length(stage, facts.num_train):
+            shown = in_stage(run, i, problem) or dataclasses.replace(problem, reason=f"{problem.reason}, in stage {i + 1}")
+            if shown.key not in told and not (whole and shown.key.startswith("scheduler.")):
+                told.add(shown.key)
+                yield shown
+    if whole and not told:
+        total = sum(stage.loop.num_epochs * steps_per_epoch(stage, facts.num_train) for stage in parts)
+        yield from run.scheduler.length_problems(total, total / run.loop.num_epochs)
+
+
+def _length(run: RunConfig, num_train: int) -> Iterator[Problem]:
+    """Of one run, or of one stage."""
+    steps = steps_per_epoch(run, num_train)
     if steps == 0:
         virtual = run.loop.samples_per_epoch
         if virtual is not None:
@@ -205,7 +235,7 @@ def length(run: RunConfig, facts: Facts) -> Iterator[Problem]:
                 f"loop.samples_per_epoch={run.loop.batch_size}",
             )
         else:
-            images = _pass_length(run, facts.num_train)
+            images = _pass_length(run, num_train)
             yield Problem(
                 "loop.batch_size",
                 run.loop.batch_size,
@@ -213,11 +243,15 @@ def length(run: RunConfig, facts: Facts) -> Iterator[Problem]:
                 f"loop.batch_size={1 << max(0, images.bit_length() - 1)}",
             )
         return
-    total = run.loop.steps or (run.loop.epochs or run.loop.default_epochs) * steps
+    total = run.loop.steps or run.loop.num_epochs * steps
     yield from run.scheduler.length_problems(total, steps)
 
 
 RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
+
+
+RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, readers, length)
+"""What is of no matter to a run whose weights are there already."""
 
 
 def steps_per_epoch(run: RunConfig, num_train: int) -> int:

@@ -20,13 +20,13 @@ from trainer.checkpoint import CheckpointError, load
 from trainer.config.names import nearest
 from trainer.ema import clean
 from trainer.errors import ConfigError, Problem
+from trainer.parts import heads as heads_of
 from trainer.resample import resampled
 from trainer.task import Task
 
 TIMM = "timm:pretrained"
 # Where others keep their weights, the averaged ones first.
 _NESTS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model_state_dict", "model", "student", "network", "module", "state")
-_HEADS = {"head", "heads", "fc", "classifier", "last_linear"}
 _SHOWN = 6  # names of each kind that an account lists
 
 
@@ -95,11 +95,25 @@ def load_weights(task: Task, source: str, *, classes: Sequence[str] | None = Non
     return account
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, whoever has written it: bare, or inside a checkpoint.
+
+    Raises:
+        ConfigError: it is none, or cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
+    try:
+        return {clean(name): tensor for name, tensor in _from_checkpoint(str(path), load(path)).weights.items()}
+    except CheckpointError as error:
+        raise ConfigError(Problem("file", path, error.why)) from error
+
+
 def fill(module: nn.Module, source: Source, classes: Sequence[str] | None = None) -> Account:
     """Copy what fits into `module`."""
     target = module.state_dict()
     weights = _matched({clean(name): tensor for name, tensor in source.weights.items()}, target)
-    account, heads = Account(source.label, len(target)), _heads(module)
+    account, heads = Account(source.label, len(target)), heads_of(module)
     other_classes = classes is not None and source.classes is not None and list(classes) != list(source.classes)
     chosen: dict[str, Tensor] = {}
     for name, own in target.items():
@@ -256,20 +270,6 @@ def _same_task(weights: Mapping[str, Tensor], task: Task) -> bool:
     """Whether `task` has the names of the source's: then all of it is taken over, heads and centres too, not the network alone."""
     own = task.state_dict().keys()
     return sum(name in own for name in weights) > 0.9 * len(weights)  # a part or two may have been added since
-
-
-def _heads(module: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the names of what turns features into classes."""
-    found: list[nn.Module] = []
-    for part in module.modules():
-        if callable(getter := getattr(part, "get_classifier", None)):  # timm's networks say it themselves
-            heads: Any = getter()
-            found += heads if isinstance(heads, tuple | list) else [heads]
-    prefixes = [f"{name}." for name, part in module.named_modules() if any(part is head for head in found)]
-    if not prefixes:
-        last = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and set(name.split(".")) & _HEADS]
-        prefixes = [f"{last[-1]}."] if last else []
-    return tuple(prefixes)
 
 
 def _shape(tensor: Tensor) -> str:

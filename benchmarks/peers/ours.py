@@ -46,12 +46,12 @@ def prepare(model: torch.nn.Module, num_classes: int, overrides: list[str] | Non
     from trainer.engine import Engine, Periods
     from trainer.log import open_display
     from trainer.recorder import Recorder
-    from trainer.run import build_state
+    from trainer.stages import build_state
     from trainer.vote import StopVote
 
     parts = Surroundings(overrides or [])
     run, world = parts.run, World(rank=0, size=1, local_rank=0, local_size=1, device=next(model.parameters()).device)
-    task: Any = Classification(model, run.task, num_classes)  # type: ignore[arg-type]
+    task: Any = Classification(model, run.task, [str(c) for c in range(num_classes)])  # type: ignore[arg-type]
     state = build_state(run, task)
     periods = Periods(total=HORIZON, epoch=HORIZON, log=LOG_EVERY, validate=0, checkpoint=0)
 

@@ -17,20 +17,39 @@ if TYPE_CHECKING:
 @schema("task", "classification")
 @dataclass
 class ClassificationConfig(TaskConfig):
-    """One label per image, softmax cross-entropy."""
+    """One label per image: softmax cross-entropy, or binary cross-entropy of each class."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "label"})
     asks: ClassVar[frozenset[str]] = frozenset({"classifier"})
 
     label_smoothing: float = setting(0.0, "share of the target spread evenly over all classes (arXiv:1512.00567, sec. 7)", ge=0, lt=1)
 
+    loss: str = setting(
+        "cross_entropy",
+        "cross_entropy: one class excludes the others; bce: binary cross-entropy of every class for itself (arXiv:2110.00476, sec. 3)",
+        choices=["cross_entropy", "bce"],
+    )
+    bce_threshold: float | None = setting(
+        None, "targets above this count as 1, the others as 0 (only with loss=bce); mixed images then are of both classes; null = soft targets", ge=0, lt=1
+    )  # fmt: skip
+    bce_sum: bool = setting(False, "sum the binary losses over the classes instead of taking their mean: C times the gradient")
+    tta: str = setting(
+        "none",
+        "test-time augmentation: validate and predict by the mean probability of several views of an image. flip: it and its mirror image; crops: both of the whole image, and of its corners and centre at 8/7 of their size",
+        choices=["none", "flip", "crops"],
+    )
+
     def build(self, run: RunConfig, data: DataInfo) -> Classification:
         from tasks.classification.task import Classification
 
         model = run.model.build(num_classes=len(data.classes), image_size=run.dataset.image_size, in_channels=data.channels)
-        return Classification(model, self, num_classes=len(data.classes))
+        return Classification(model, self, data.classes)
 
     def problems(self, run: RunConfig) -> Iterator[Problem]:
+        if self.loss != "bce":
+            for name in ("bce_threshold", "bce_sum"):
+                if getattr(self, name) not in (None, False):
+                    yield Problem(f"task.{name}", getattr(self, name), f"has no effect with task.loss={self.loss}", "task.loss=bce")
         classes = run.dataset.facts().num_classes
         if classes is not None and classes < 2:
             reason = f"has {classes} class: a classifier needs at least two to tell apart"

@@ -1,13 +1,17 @@
-"""Supervised image classification with softmax cross-entropy."""
+"""Supervised image classification."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.classification.config import ClassificationConfig
-from trainer.evaluation import Mean
+from tasks.classification.losses import binary_cross_entropy
+from trainer.labels import Labelled, label_scores
 from trainer.task import Batch, Progress, StepOutput, Task
 
 
@@ -15,34 +19,73 @@ class Classification(Task):
     main_metric = "val/top1"
     higher_is_better = True
 
-    def __init__(self, model: nn.Module, cfg: ClassificationConfig, num_classes: int) -> None:
+    def __init__(self, model: nn.Module, cfg: ClassificationConfig, classes: Sequence[str]) -> None:
         super().__init__()
         self.model = model
-        self.label_smoothing = cfg.label_smoothing
-        self.num_classes = num_classes
+        self.cfg = cfg
+        self.classes = list(classes)
+        self.tta = cfg.tta
+        self.competing: Tensor | None = None  # [C] bool; None = all classes
 
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
         labels = batch["label"]  # [N]
         logits = self.model(batch["image"])  # [N, C]
         # Mixup and cutmix leave soft targets [N, C] beside the labels; accuracy is then against the stronger partner.
         target = batch.get("target", labels)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        loss = self.loss(logits, target)
         with torch.no_grad():
             hard = labels if target is labels else target.argmax(1)
             top1 = (logits.argmax(1) == hard).float().mean()
         return StepOutput(loss, {"top1": top1})
 
-    def evaluator(self) -> Mean:
-        return Mean(self.scores)
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        cfg = self.cfg
+        if cfg.loss == "bce":  # in fp32: small probabilities of many classes vanish in 16 bits
+            return binary_cross_entropy(
+                logits.float(), target, smoothing=cfg.label_smoothing, threshold=cfg.bce_threshold, total=cfg.bce_sum
+            )
+        return F.cross_entropy(logits, target, label_smoothing=cfg.label_smoothing)
+
+    def evaluator(self) -> Labelled:
+        return Labelled(self.scores, self.classes)
 
     def scores(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss and accuracies of each image, [N] each."""
-        labels = batch["label"]
-        logits = self.model(batch["image"]).float()  # [N, C]
-        ranked = logits.topk(min(5, self.num_classes), dim=1).indices  # [N, 5]
-        hits = ranked == labels.unsqueeze(1)
-        return {
-            "loss": F.cross_entropy(logits, labels, reduction="none"),
-            "top1": hits[:, 0].float(),
-            "top5": hits.any(1).float(),
-        }
+        """Loss, accuracies and details of each image, [N] each."""
+        return label_scores(self.logits(batch["image"]), batch, self.competing)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Log-probabilities up to a constant, [N, C]: the network's own, or those of the mean over test-time views."""
+        views = views_of(images, self.tta)
+        if len(views) == 1:
+            return self.model(images)
+        return torch.stack([self.model(view).float().log_softmax(1) for view in views]).logsumexp(0)
+
+    def restrict(self, classes: Sequence[int]) -> None:
+        device = next(self.model.parameters()).device
+        self.competing = torch.zeros(len(self.classes), dtype=torch.bool, device=device)
+        self.competing[list(classes)] = True
+
+    def predict(self, batch: Batch) -> list[list[dict[str, Any]]]:
+        logits = self.logits(batch["image"]).float()  # [N, C]
+        if self.competing is not None:
+            logits = logits.masked_fill(~self.competing, float("-inf"))
+        values, places = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)  # [N, 5]
+        found = []
+        for shares, labels in zip(values.tolist(), places.tolist(), strict=True):
+            ranked = [(self.classes[label], share) for label, share in zip(labels, shares, strict=True) if share > 0]
+            top = "; ".join(f"{name} {share:.4f}" for name, share in ranked)
+            found.append([{"predicted": ranked[0][0], "confidence": ranked[0][1], "top5": top}])
+        return found
+
+
+def views_of(images: Tensor, kind: str) -> list[Tensor]:
+    """Views of images [N, C, S, S], of the same size, whose predictions are averaged."""
+    if kind == "none":
+        return [images]
+    views = [images]
+    if kind == "crops":
+        size = images.shape[-1]
+        larger = F.interpolate(images, size=round(size * 8 / 7), mode="bilinear", align_corners=False)
+        rest = larger.shape[-1] - size
+        views += [larger[..., y : y + size, x : x + size] for y, x in ((0, 0), (0, rest), (rest, 0), (rest, rest), (rest // 2, rest // 2))]
+    return [turned for view in views for turned in (view, view.flip(-1))]

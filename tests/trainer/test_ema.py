@@ -14,7 +14,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer.ema import Ema, clean
+from trainer.ema import Ema, Swa, clean
 
 
 class Net(nn.Module):
@@ -263,3 +263,47 @@ def test_nothing_to_average() -> None:
 )
 def test_names_out_of_files(name: str, bare: str) -> None:
     assert clean(name) == bare
+
+
+def test_an_equal_average_is_the_mean_of_what_came() -> None:
+    net = make()
+    swa = Swa(net, start=4, every=3)
+    history = []
+    for step in range(12):
+        with torch.no_grad():
+            net.module.weight.add_(torch.randn(4, 4, generator=torch.Generator().manual_seed(step)))
+        swa.update(step)
+        history.append(net.module.weight.detach().clone())
+        if step < 4:
+            assert torch.equal(swa.state_dict()["module.weight"], history[-1]), "until it begins it is the weights themselves"
+    # three, six, nine … steps after the start: the weights after steps 6, 9 of 0 … 11
+    torch.testing.assert_close(swa.state_dict()["module.weight"], torch.stack([history[6], history[9]]).mean(0))
+
+
+def test_an_average_of_every_nth_step() -> None:
+    net, reference = make(), make()
+    ema, every = Ema(reference, 0.9), Ema(net, 0.9, every=4)
+    for step in range(16):
+        with torch.no_grad():
+            net.module.weight.add_(0.1)
+        every.update(step)
+        if step % 4 == 3:
+            reference.module.weight.data.copy_(net.module.weight)
+            ema.update(step // 4)
+    torch.testing.assert_close(every.state_dict()["module.weight"], ema.state_dict()["module.weight"])
+
+
+def test_the_decay_rescaled_as_torchvision_does_it() -> None:
+    """references/classification/train.py: alpha = min(1, (1 - decay) * world * batch * steps / epochs)."""
+    from types import SimpleNamespace
+
+    from trainer.build import build_average
+    from trainer.launch.compose import compose_run
+
+    loop = ["loop.ema_decay=0.99998", "loop.ema_rescale=true", "loop.ema_every=32", "loop.batch_size=1024", "loop.epochs=600"]
+    run = compose_run("dataset=synthetic", "dataset.num_train=4096", *loop)
+    data: Any = SimpleNamespace(steps_per_epoch=4, total_steps=2400)
+    ema = build_average(run, data, make())  # type: ignore[arg-type]
+    assert ema is not None
+    assert ema.every == 32
+    assert 1 - ema.decay == pytest.approx(min(1.0, (1.0 - 0.99998) * 8 * 128 * 32 / 600))

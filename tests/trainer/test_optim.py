@@ -59,6 +59,19 @@ def test_weight_decay_is_spared_where_timm_spares_it(name: str) -> None:
     assert set(expected.values()) == {0.0, 0.05}
 
 
+@pytest.mark.parametrize(("images", "batch", "epochs", "decay"), [(5994, 128, 90, 7.77e-4), (1000, 10, 1, 5e-3)])
+def test_normalised_weight_decay_is_adamws(images: int, batch: int, epochs: int, decay: float) -> None:
+    """arXiv:1711.05101, sec. 3: w sqrt(b / (B T)). CUB: 46 updates an epoch, 4,140 in all."""
+    cfg = adamw(weight_decay_scaling="normalized", rules=[ParamRule("own_head", weight_decay=0.1)])
+    task = Task("test_vit")
+    found = rates(task, parameter_groups(task, cfg, batch, total_steps=images // batch * epochs))
+    assert found["model.head.weight"][1] == pytest.approx(decay, rel=1e-3)
+    assert found["model.head.bias"][1] == 0
+    assert found["own_head.weight"][1] == pytest.approx(2 * decay, rel=1e-3), "a rule's too"
+    as_given = rates(task, parameter_groups(task, adamw(), batch, total_steps=100))
+    assert as_given["model.head.weight"][1] == 0.05
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layer_decay_is_timms(name: str) -> None:
     model = timm.create_model(name)

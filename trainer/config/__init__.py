@@ -5,15 +5,16 @@ from trainer.config.dataset import DatasetConfig, Facts
 from trainer.config.fields import schema, setting
 from trainer.config.letterbox import Letterbox
 from trainer.config.logger import LoggerConfig
-from trainer.config.loop import LoopConfig, Progressing
+from trainer.config.loop import LoopConfig, Progressing, StageConfig
 from trainer.config.mit import MitModel
 from trainer.config.model import ModelConfig
 from trainer.config.optimizer import LrScaling, OptimizerConfig, ParamRule
 from trainer.config.run import DebugConfig, DistributedConfig, Mode, PrecisionConfig, Resume, RunConfig, TaskConfig
 from trainer.config.scheduler import SchedulerConfig
+from trainer.config.stages import stage_runs
 
 __all__ = [
-    "AugmentationConfig", "DatasetConfig", "DebugConfig", "DistributedConfig", "Facts", "Letterbox", "LoggerConfig",
-    "LoopConfig", "LrScaling", "MitModel", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
-    "RunConfig", "SchedulerConfig", "TaskConfig", "schema", "setting",
+    "AugmentationConfig", "DatasetConfig", "DebugConfig", "DistributedConfig", "Facts", "Letterbox", "LoggerConfig", "LoopConfig",
+    "LrScaling", "MitModel", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
+    "RunConfig", "SchedulerConfig", "StageConfig", "TaskConfig", "schema", "setting", "stage_runs",
 ]  # fmt: skip

@@ -66,6 +66,10 @@ class DatasetConfig:
         """What is known before reading images. Raises OSError where files are missing."""
         return Facts()
 
+    def to_evaluate(self) -> DatasetConfig:
+        """The same data for who wants to measure on them and not to train: perhaps there is only one split."""
+        return self
+
     def problems(self) -> Iterator[Problem]:
         if self.on_disk and not self.path:
             yield Problem("dataset.path", self.path, "this dataset lies on disk: say where", "dataset.path=/path/to/data")

@@ -42,6 +42,11 @@ class OptimizerConfig:
     weight_decay_end: float | None = setting(
         None, "weight decay at the end of the run, reached along half a cosine (arXiv:2104.14294, app. E); null = it stays", ge=0
     )
+    weight_decay_scaling: str = setting(
+        "none",
+        "none: weight_decay as given; normalized: times 1 / sqrt(optimizer steps of the run), so that one value fits any length (arXiv:1711.05101, sec. 3)",
+        choices=["none", "normalized"],
+    )
     lr_scaling: LrScaling = setting(
         LrScaling.none, "none: lr as given; linear, sqrt: scaled by loop.batch_size / optimizer.base_batch_size"
     )
@@ -49,6 +54,7 @@ class OptimizerConfig:
     layer_decay: float | None = setting(
         None, "learning rate falls by this factor per layer from the head down (arXiv:2106.08254); null = off", gt=0, le=1
     )
+    backbone_lr: float | None = setting(None, "peak learning rate of all but the network's head, instead of lr; null = lr", gt=0)
     no_decay: list[str] = setting(
         [r"(^|[._])bias(es)?$", r"tokens?_?\d*$", r"pos(ition)?_?emb(ed|edding)?s?(_\w+)?$", r"rel(ative)?_pos\w*$"],
         "regular expressions of parameters spared from weight decay, besides norms, everything with fewer than two dimensions and what the network itself spares",
@@ -64,6 +70,10 @@ class OptimizerConfig:
         """The peak learning rate at this batch size."""
         ratio = batch_size / self.base_batch_size
         return self.lr * {LrScaling.none: 1.0, LrScaling.linear: ratio, LrScaling.sqrt: ratio**0.5}[self.lr_scaling]
+
+    def scaled_weight_decay(self, weight_decay: float, total_steps: int) -> float:
+        """A weight decay in a run of this many optimizer steps: `w sqrt(b / (B T))` is w over the root of the number of updates."""
+        return weight_decay / total_steps**0.5 if self.weight_decay_scaling == "normalized" else weight_decay
 
     def decay_factor(self, fraction: float) -> float:
         """What the weight decay is multiplied with when `fraction` of the run is over."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 from omegaconf import MISSING
 
@@ -45,6 +45,15 @@ class TaskConfig:
     def problems(self, run: RunConfig) -> Iterator[Problem]:
         """What cannot work between this task and the rest of the run."""
         yield from ()
+
+    def prerequisites(self, run: RunConfig) -> Sequence[RunConfig]:
+        """Runs that have to be finished before `run` can begin, and are trained first where they are not: a teacher, say.
+        They lie in directories of their own, and whoever needs the same finds them there."""
+        return ()
+
+    def for_inference(self) -> Self:
+        """The same task for a network that is trained already: without what only training needs from elsewhere."""
+        return self
 
 
 @schema("precision", "precision")

@@ -48,7 +48,9 @@ class Order:
         repeats: each sample this many times in a row, each time with a key of its own. A pass is that much longer.
         labels: int64 [size]; where given, every class makes up the same share of a pass, samples of small classes coming
             more than once.
-        fraction: use this part of the samples, the same ones in every epoch.
+        fraction: use this part of the samples, the same ones in every epoch, among those of any larger part.
+        first_step, first_epoch: where in its run this order begins. Epochs go on counting, so another batch size from some
+            epoch on changes neither which samples come when nor how each is augmented.
     """
 
     size: int
@@ -59,6 +61,8 @@ class Order:
     repeats: int = 1
     labels: np.ndarray | None = None
     fraction: float = 1.0
+    first_step: int = 0
+    first_epoch: int = 0
     _passes: dict[int, tuple[np.ndarray, np.ndarray | None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
@@ -86,12 +90,13 @@ class Order:
 
     def step_size(self, step: int) -> int:
         """Samples of optimizer step `step`: `batch_size`, but for an epoch's last where it is kept."""
-        within = step % self.steps_per_epoch
+        within = (step - self.first_step) % self.steps_per_epoch
         return min(self.batch_size, self.epoch_length - within * self.batch_size)
 
     def step_samples(self, step: int) -> Draw:
         """The whole global batch of optimizer step `step`, counted from 0."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = divmod(step - self.first_step, self.steps_per_epoch)
+        epoch += self.first_epoch
         start = epoch * (self.samples_per_epoch or self.pass_length) + within * self.batch_size
         places = np.arange(start, start + self.step_size(step), dtype=np.int64)
         passes, places = np.divmod(places, self.pass_length)

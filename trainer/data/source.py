@@ -19,6 +19,7 @@ boxes     float32 [M, 4], (x1, y1, x2, y2) in pixels; M may be 0. With it `label
 box       float32 [4], the one object of a fine-grained photo, in pixels
 parts     float32 [P, 3], (x, y, visible) of each named part, in pixels; visible is 0 or 1
 mask      uint8 [H, W], 0 = background; what other values mean is the format's
+real      uint8 [C], every class that is right, where `python -m trainer evaluate` was given such labels
 group     int, which subpopulation: the metric val/worst_group_top1 is the least over groups
 """
 

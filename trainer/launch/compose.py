@@ -5,10 +5,12 @@ Hydra stops at the first bad override. Here the groups are composed first, then 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+import trainer.config.launcher
 import trainer.launch.resolvers  # noqa: F401  (importing registers what YAML may call)
 from trainer.config import RunConfig
 from trainer.config.fields import announce_schemas
@@ -87,29 +90,60 @@ def compose(overrides: Sequence[str], config_dir: str | None = None) -> Composed
     Raises:
         ConfigError: nothing can be composed at all: a broken file, a choice that contradicts another.
     """
-    parsed, problems = parse(overrides)
-    with hydra_loader() as loader:
-        search, parsed = _search_path(parsed, config_dir, problems)
-        groups, settings = _split(parsed, loader, search, problems)
-        try:
-            cfg = hydra_compose("config", [*search, *groups], return_hydra_config=True)
-        except diagnose.COMPOSING_FAILED as error:
-            raise ConfigError(*problems, diagnose.in_words(error)) from error
-        composed = _taken_apart(cfg, [*search, *groups], problems)
+    with Composer(config_dir, keep=False) as composer:
+        return composer.compose(overrides)
+
+
+class Composer:
+    """Composes many command lines: Hydra composes once for every set of choices, and settings are applied to copies of that."""
+
+    def __init__(self, config_dir: str | None = None, *, keep: bool = True) -> None:
+        self._config_dir = config_dir
+        self._keep = keep
+        self._composed: dict[
+            tuple[str, ...], tuple[DictConfig, DictConfig, Any]
+        ] = {}  # lines -> tree, Hydra's node, what ${hydra:...} reads
+        self._open = ExitStack()
+
+    def __enter__(self) -> Composer:
+        self.loader = self._open.enter_context(hydra_loader())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def compose(self, overrides: Sequence[str]) -> Composed:
+        """As the function of that name."""
+        parsed, problems = parse(overrides)
+        search, parsed = _search_path(parsed, self._config_dir, problems)
+        groups, settings = _split(parsed, self.loader, search, problems)
+        composed = self._chosen((*search, *groups), problems)
         for problem in problems:  # where nothing else is at hand, the way out is what is there without the bad override
             composed.before.setdefault(problem.key, composed.choices.get(problem.key, value_at(composed.tree, problem.key)))
         for override in settings:
-            _apply(override, composed, loader)
-    return composed
+            apply_to(composed, override, self.loader)
+        return composed
+
+    def _chosen(self, lines: tuple[str, ...], problems: list[Problem]) -> Composed:
+        if lines not in self._composed:
+            try:
+                cfg = hydra_compose("config", list(lines), return_hydra_config=True)
+            except diagnose.COMPOSING_FAILED as error:
+                raise ConfigError(*problems, diagnose.in_words(error)) from error
+            composed = _taken_apart(cfg, list(lines), problems)
+            if not self._keep:
+                return composed
+            self._composed[lines] = (composed.tree, composed.hydra, HydraConfig.instance().cfg)
+        tree, hydra, HydraConfig.instance().cfg = self._composed[lines]
+        return Composed(copy.deepcopy(tree), hydra, list(lines), problems=problems)
 
 
 def parse(lines: Sequence[str]) -> tuple[list[Override], list[Problem]]:
     """Every line that Hydra's grammar accepts, and what is wrong with the others."""
-    parser = OverridesParser.create()
     parsed, problems = [], []
     for line in lines:
         try:
-            override = parser.parse_override(line)
+            override = parse_line(line)
         except (HydraException, AssertionError) as error:  # "+=[1]" is a key without a name
             problems.append(diagnose.not_an_override(line, error))
             continue
@@ -118,6 +152,11 @@ def parse(lines: Sequence[str]) -> tuple[list[Override], list[Problem]]:
         else:
             parsed.append(override)
     return parsed, problems
+
+
+@lru_cache(maxsize=4096)  # the jobs of a sweep have most lines in common
+def parse_line(line: str) -> Override:
+    return OverridesParser.create().parse_override(line)
 
 
 @contextmanager
@@ -182,7 +221,7 @@ def _taken_apart(cfg: DictConfig, lines: list[str], problems: list[Problem]) -> 
     return Composed(tree, hydra, lines, problems=problems)
 
 
-def _apply(override: Override, composed: Composed, loader: ConfigLoader) -> None:
+def apply_to(composed: Composed, override: Override, loader: ConfigLoader) -> None:
     """Apply one setting, or say why that cannot be."""
     tree, key, value = composed.tree, override.key_or_group, override.value()
     problem = diagnose.wrong_place(override, tree, loader)

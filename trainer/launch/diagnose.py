@@ -118,6 +118,8 @@ def wrong_value(override: Override, tree: DictConfig, error: OmegaConfBaseExcept
     if f is None or kind is None:
         return Problem(key, value, str(error).splitlines()[0])
     hint = get_type_hints(kind)[f.name]
+    if (stray := _stray_entry(key, value, hint)) is not None:
+        return stray
     reason = f"must be {type_in_words(hint)}"
     if allowed(f.metadata):
         reason += f", {allowed(f.metadata)}"
@@ -126,6 +128,21 @@ def wrong_value(override: Override, tree: DictConfig, error: OmegaConfBaseExcept
     if isinstance(value, dict):  # of several entries: which one it was, only OmegaConf knows
         reason += f" ({str(error).splitlines()[0]})"
     return Problem(key, value if not isinstance(value, dict | list) else as_override(value), reason, f"{key}={close}" if close else "")
+
+
+def _stray_entry(key: str, value: Any, hint: Any) -> Problem | None:
+    """The first setting that an entry of a list of mappings does not have."""
+    kind = next(iter(get_args(hint)), None)
+    if not (isinstance(value, list) and dataclasses.is_dataclass(kind)):
+        return None
+    known = [f.name for f in dataclasses.fields(kind)]
+    for i, entry in enumerate(value):
+        for name in entry if isinstance(entry, dict) else ():
+            if str(name) not in known:
+                close = nearest(str(name), known)
+                fix = f"{close}: {as_override(entry[name])}" if close else f"one of {', '.join(known)}"
+                return Problem(f"{key}[{i}].{name}", as_override(entry[name]), "there is no such key", fix)
+    return None
 
 
 def with_fix(problem: Problem, before: Mapping[str, Any]) -> Problem:

@@ -25,6 +25,15 @@ def dispatch(run: RunConfig) -> int:
         if here.is_main:
             report_finished(directory, run)
         return 0
+    if directory.extensions():
+        run = directory.read_config()
+        if here.is_main:
+            print("This run was extended since (python -m trainer extend); going on by its own config.yaml.")
+    return run_in(run, directory)
+
+
+def run_in(run: RunConfig, directory: RunDirectory) -> int:
+    """Run in this directory, in this process or as ranks on this host, whatever the config's own place would be."""
     count = ranks_to_start(run.distributed)
     return _train(run, directory) if count == 1 else _start_ranks(run, directory, count)
 
@@ -36,7 +45,18 @@ def start(argv: Sequence[str]) -> int:
             Problem("start", " ".join(argv), "takes one run directory", "python -m trainer start runs/<name>/<version>-<hash>")
         )
     directory = RunDirectory(argv[0])
-    return _train(directory.read_config(), directory)
+    run = directory.read_config()
+    if directory.is_finished():  # a job that ended while it was being preempted is started once more
+        if surroundings().is_main:
+            print(f"{directory} is finished")
+        return 0
+    return _train(run, directory)
+
+
+def go_on(directory: RunDirectory) -> int:
+    """Start, or go on with, the run whose config.yaml lies in `directory`: all of its ranks, in this process or from it."""
+    run = directory.read_config()
+    return 0 if directory.is_finished() else run_in(run, directory)
 
 
 def report_finished(directory: RunDirectory, run: RunConfig) -> None:

@@ -103,21 +103,42 @@ def _enter(hydra_main: Callable[[], Any], argv: list[str]) -> int:
 
         print(explain(compose(args.overrides, args.config_dir), bold=sys.stdout.isatty()))
         return 0
-    options = ("hydra_help", "cfg", "package", "multirun", "shell_completion", "config_path", "config_name", "experimental_rerun", "info")
-    if any(getattr(args, name) for name in options) or _is_hydras(args.overrides):
-        return _hydras(hydra_main, args)
-    return _dispatch(checked_run(args.overrides, args.config_dir))
+    options = ("hydra_help", "cfg", "package", "shell_completion", "config_path", "config_name", "experimental_rerun", "info")
+    if not any(getattr(args, name) for name in options):
+        if args.multirun or any(line.startswith(("hydra/launcher=", "hydra.launcher.")) for line in args.overrides):
+            return _multirun(hydra_main, args, argv)
+        if not _is_hydras(args.overrides):
+            return _dispatch(checked_run(args.overrides, args.config_dir))
+    return _hydras(hydra_main, args)
 
 
 def _is_hydras(overrides: Sequence[str]) -> bool:
     """Whether a single run asks for something of Hydra's own: a callback, a working directory, environment variables."""
     theirs = [line for line in overrides if line.lstrip("+~").startswith(("hydra.", "hydra/")) and not line.startswith("hydra.searchpath=")]
     for line in theirs:
-        key, _, value = line.partition("=")
-        if key in ("hydra/launcher", "hydra/sweeper"):
-            # Hydra would ignore it without a word, and train right here.
-            raise ConfigError(Problem(key, value, "is about the jobs of a sweep, and this is a single run", f"-m {line}"))
+        _refuse_single(line, ("hydra/sweeper",))
     return bool(theirs)
+
+
+def _refuse_single(line: str, keys: Sequence[str]) -> None:
+    key, _, value = line.partition("=")
+    if key in keys:
+        # Hydra would ignore it without a word, and train right here.
+        raise ConfigError(Problem(key, value, "is about the jobs of a sweep, and this is a single run", f"-m {line}"))
+
+
+def _multirun(hydra_main: Callable[[], Any], args: Namespace, argv: Sequence[str]) -> int:
+    """A sweep. To choose a launcher of ours is to want one, if only of a single job."""
+    from trainer.launch.jobs import plan
+    from trainer.launch.multirun import start_sweep
+
+    planned = plan(args.overrides, args.config_dir)
+    if planned is not None:
+        return start_sweep(planned, ["launch.py", *argv])
+    if not args.multirun:
+        for line in args.overrides:
+            _refuse_single(line, ("hydra/launcher", "hydra/sweeper"))
+    return _hydras(hydra_main, args)
 
 
 def _hydras(hydra_main: Callable[[], Any], args: Namespace) -> int:

@@ -32,5 +32,12 @@ def small_image_size(*, _root_: DictConfig) -> int:
     return fitting_image_size(smallest, _root_=_root_)
 
 
-for resolver in (temporary_directory, fitting_image_size, small_image_size):
+def small_view_size(*, _root_: DictConfig) -> int:
+    """The side, in pixels, of a small view beside a large one: three sevenths, 96 beside 224, in whole patches of the network."""
+    model, size = to_object(_root_.model), _root_.dataset.image_size
+    multiple = (model.input_multiple if isinstance(model, ModelConfig) else None) or 1
+    return max(1, round(size * 3 / 7 / multiple)) * multiple
+
+
+for resolver in (temporary_directory, fitting_image_size, small_image_size, small_view_size):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

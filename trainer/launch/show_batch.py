@@ -5,7 +5,7 @@ Composes and checks the run as launch.py does and reads its first training batch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,15 @@ def first_batch(run: RunConfig, *, train: bool) -> tuple[dict[str, Any], Sequenc
 
 def sheet(run: RunConfig, batch: dict[str, Any], classes: Sequence[str], count: int) -> Image.Image:
     """The first `count` images, un-normalised, each over its label, with boxes, parts and masks drawn in."""
+    images = to_pixels(batch["image"][:count], run.dataset.mean, run.dataset.std)  # [N, H, W, 3] uint8
+    captions = [caption(batch, i, classes) for i in range(len(images))]
+    return page(images, captions, lambda draw, i, corner, scale: annotate(draw, batch, i, corner, scale, classes))
+
+
+def page(images: Any, captions: Sequence[str], annotate: Callable[[Any, int, tuple[int, int], int], None]) -> Image.Image:
+    """Images uint8 [N, H, W, 3] in rows, each over its caption. `annotate(draw, i, corner, scale)` draws into the i-th."""
     from PIL import Image, ImageDraw
 
-    images = to_pixels(batch["image"][:count], run.dataset.mean, run.dataset.std)  # [N, H, W, 3] uint8
     scale = max(1, CELL // max(images.shape[1:3]))
     height, width = images.shape[1] * scale, images.shape[2] * scale
     columns = min(COLUMNS, len(images))
@@ -71,8 +77,8 @@ def sheet(run: RunConfig, batch: dict[str, Any], classes: Sequence[str], count: 
     for i, pixels in enumerate(images):
         x, y = i % columns * (width + 4), i // columns * (height + CAPTION + 4)
         page.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
-        annotate(draw, batch, i, (x, y), scale, classes)
-        draw.text((x + 1, y + height), caption(batch, i, classes)[: width // 6], fill="black")
+        annotate(draw, i, (x, y), scale)
+        draw.text((x + 1, y + height), captions[i][: width // 6].encode("latin-1", "replace").decode("latin-1"), fill="black")
     return page
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,7 @@ class Display:
     def __init__(self, total: int, steps_per_epoch: float, *, silent: bool = False) -> None:
         self.total, self.steps_per_epoch, self.silent = total, steps_per_epoch, silent
         self.epochs = total / steps_per_epoch
+        self.epochs_at: Callable[[int], float] = lambda step: step / steps_per_epoch
         self.pace = Pace()
 
     def __enter__(self) -> Display:
@@ -39,6 +40,12 @@ class Display:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def enter(self, stage: str, epochs: float, epochs_at: Callable[[int], float]) -> None:
+        """A stage of the run begins: what it is (nothing where there is but one), and how its steps make up the run's `epochs`."""
+        self.epochs, self.epochs_at = epochs, epochs_at
+        if stage and not self.silent:
+            self.say_score(stage)
 
     def advance(self, step: int) -> None:
         """At every step and validation batch, so it costs next to nothing."""
@@ -127,7 +134,7 @@ class Bar(Display):
         from rich.text import Text
 
         step = self.step
-        epoch = min(math.floor(step / self.steps_per_epoch) + 1, math.ceil(self.epochs))
+        epoch = min(math.floor(self.epochs_at(step)) + 1, math.ceil(self.epochs))
         left = self.pace.left(self.total, step)
         grid = Table.grid(padding=(0, 1))
         grid.add_row(

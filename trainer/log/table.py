@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,22 @@ def table(names: list[str], best: Mapping[str, Any], last: Mapping[str, Any]) ->
     for i, name in enumerate(names):
         drawn.add_row(name.removeprefix("val/"), show(name, best.get(name)), show(name, last.get(name)), style="bold" if i == 0 else None)
     Console(highlight=False).print(drawn)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table on the terminal, with the columns of its first row."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not rows:
+        return
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for i, name in enumerate(rows[0]):
+        drawn.add_column(str(name).replace("_", " "), justify="right" if i else "left")
+    for row in rows:
+        drawn.add_row(*("" if row.get(name) is None else str(row[name]) for name in rows[0]))
+    Console(highlight=False, markup=False).print(drawn)
 
 
 def _when(row: Mapping[str, Any]) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SETTINGS = ("train/lr", "train/momentum", "train/skipped_steps")  # prefixes of what is set or counted, not to be averaged
+SETTINGS = (
+    "train/lr",
+    "train/momentum",
+    "train/skipped_steps",
+    "train/stage",
+    "train/image_size",
+    "train/batch_size",
+)  # prefixes of what is set or counted, not to be averaged
 
 
 @dataclass(frozen=True, slots=True)

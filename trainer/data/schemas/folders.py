@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,13 @@ class ImageFolderConfig(DatasetConfig):
         train, val = self.roots()
         part = None if self.val_fraction is None else (split, self.val_fraction, self.split_seed)
         return folder_source(train if split == "train" else val, self.extensions, self.classes(), part, grouped=self.GROUPED)
+
+    def to_evaluate(self) -> DatasetConfig:
+        root = Path(self.path or "").expanduser()
+        if self.val_path or self.val_fraction is not None or (root / self.train_folder).is_dir():
+            return self
+        folder = self.val_folder if (root / self.val_folder).is_dir() else "."  # the classes themselves lie in it
+        return dataclasses.replace(self, train_folder=folder, val_folder=folder)
 
     def facts(self) -> Facts:
         return Facts(num_classes=len(self.classes()), num_train=len(self.build("train")), num_val=len(self.build("val")))

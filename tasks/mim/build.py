@@ -1,0 +1,35 @@
+"""From a config to a task: the network first, then what it has to fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tasks.mim.config import MimConfig
+from tasks.mim.mae import Mae
+from tasks.mim.simmim import SimMim
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tasks.mim.task import Mim
+    from trainer.task import DataInfo
+
+METHODS = {"mae": Mae, "simmim": SimMim}
+
+
+def build(cfg: MimConfig, run: RunConfig, data: DataInfo) -> Mim:
+    """The task with fresh weights.
+
+    Raises:
+        ConfigError: the network is of a kind that the method cannot use, or the mask does not fit its patches.
+    """
+    size = run.dataset.image_size
+    model = run.model.build(num_classes=0, image_size=size, in_channels=data.channels)
+    method = METHODS[cfg.method]
+    patch = method.patch_of(model, run.model)
+    if problems := list(cfg.grid_problems(patch, size)):
+        raise ConfigError(*problems)
+    task = method(model, cfg, patch=patch, image_size=size, channels=data.channels, fresh=not run.model.pretrained)
+    task.mean, task.std = run.dataset.mean, run.dataset.std
+    task.num_classes = len(data.classes) if "label" in run.dataset.offers else 0
+    return task

@@ -1,0 +1,99 @@
+"""What the two stages need of a network: a map of features, and class logits from some of an image's tokens.
+
+Knows timm's vision transformers from inside, and anything that gives a map of features from outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import ConfigError, Problem
+
+
+def vision_transformer(model: nn.Module, name: str, *, class_token: bool) -> VisionTransformer:
+    """`model` as one of timm's vision transformers. Raises ConfigError where it is none, or lacks a token to read out."""
+    if not isinstance(model, VisionTransformer):
+        reason = "the second stage hides tokens in every block, which timm's vision transformers can; this network is no such"
+        raise ConfigError(Problem("model.name", name, reason, "model=vit_s, or task.stages=1"))
+    if class_token and model.cls_token is None:
+        raise ConfigError(Problem("model.name", name, "the second stage reads its class token, and it has none", "model=vit_s"))
+    if not isinstance(model.patch_drop, nn.Identity):
+        reason = "dropping patches would leave holes in the part maps"
+        raise ConfigError(Problem("model.args.patch_drop_rate", model.patch_drop.prob, reason, "model.args.patch_drop_rate=0"))
+    return model
+
+
+def embed(network: VisionTransformer, images: Tensor) -> Tensor:
+    """Tokens with their positions, prefix tokens first, [N, prefix + hw, D]."""
+    tokens = network._pos_embed(network.patch_embed(images))  # the one place that knows which tokens have positions
+    return network.norm_pre(tokens)
+
+
+def run_blocks(network: VisionTransformer, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """All blocks and the last norm. `attention_mask` [N, 1, 1, tokens]: bool, True = seen; or float, added to the scores."""
+    for block in network.blocks:
+        if network.grad_checkpointing and torch.is_grad_enabled():
+            tokens = cast(Tensor, checkpoint(block, tokens, attention_mask, use_reentrant=False))
+        else:
+            tokens = block(tokens, attn_mask=attention_mask)
+    return network.norm(tokens)
+
+
+def grid(network: VisionTransformer, images: Tensor) -> tuple[int, int]:
+    """How many patches lie below and beside one another."""
+    patch = cast(Any, network.patch_embed).patch_size
+    return images.shape[2] // int(patch[0]), images.shape[3] // int(patch[1])
+
+
+def feature_map(network: nn.Module, images: Tensor) -> Tensor:
+    """Features of every place, [N, D, h, w]."""
+    if isinstance(network, VisionTransformer):
+        tokens = run_blocks(network, embed(network, images))[:, network.num_prefix_tokens :]  # [N, hw, D]
+        return tokens.transpose(1, 2).unflatten(2, grid(network, images))
+    return cast(Any, network).forward_features(images)
+
+
+def feature_width(network: nn.Module) -> int:
+    """D."""
+    return int(cast(Any, network).num_features)
+
+
+def seen_tokens(network: VisionTransformer, images: Tensor, mask: Tensor, *, bias: float | None, prune: bool) -> Tensor:
+    """The class token [N, D] after all blocks, when each token attends to the prefix tokens and to the patches of `mask`.
+
+    Args:
+        mask: [N, h, w], how much each patch is seen.
+        bias: None = a patch is seen or not; a number = log(mask + bias) is added to its scores, so that gradients reach it.
+        prune: leave out what no image of the batch sees. The kept tokens attend to the same tokens as before.
+    """
+    tokens = embed(network, images)
+    prefix = network.num_prefix_tokens
+    mask = mask.flatten(1)  # [N, hw]
+    if prune:
+        tokens, mask = pruned(tokens, mask, prefix)
+    always = mask.new_ones(len(mask), prefix)
+    seen = torch.cat([always, mask], dim=1)[:, None, None]  # [N, 1, 1, prefix + patches], for every head and query
+    if bias is None:
+        return run_blocks(network, tokens, seen > 0.5)[:, 0]
+    with torch.autocast(mask.device.type, enabled=False):
+        scores = (seen.float() + bias).log()
+    return run_blocks(network, tokens, scores.to(_score_type(tokens)))[:, 0]
+
+
+def _score_type(tokens: Tensor) -> torch.dtype:
+    """What the scores of attention are computed in."""
+    kind = tokens.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+
+
+def pruned(tokens: Tensor, mask: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """As many patches as the image that sees most sees, those that are seen first among them, all in their old order."""
+    count = int((mask > 0.5).sum(1).max())
+    chosen = mask.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values  # [N, count]
+    kept = tokens[:, prefix:].gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    return torch.cat([tokens[:, :prefix], kept], dim=1), mask.gather(1, chosen)

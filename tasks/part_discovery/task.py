@@ -1,0 +1,119 @@
+"""Part discovery: stage one finds parts without labels for them, stage two classifies from the parts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tasks.part_discovery import groups, losses
+from tasks.part_discovery.backbones import vision_transformer
+from tasks.part_discovery.config import PartDiscoveryConfig
+from tasks.part_discovery.evaluation import ComparingScores, PartScores
+from tasks.part_discovery.maps import TURNED_NOISE
+from tasks.part_discovery.network import Found, MaskedClassifier, PartFinder, TwoStage
+from tasks.part_discovery.turning import draw_turn
+from trainer.config import ParamRule, RunConfig
+from trainer.task import Batch, DataInfo, Evaluator, Progress, StepOutput, Task
+
+
+def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDiscovery:
+    """The task with its networks, drawn one after the other; pretrained ones are the same weights twice."""
+
+    def backbone(drop_path: float) -> nn.Module:
+        model = run.model
+        if drop_path:
+            model = dataclasses.replace(model, drop_path_rate=drop_path)
+        return model.build(num_classes=0, image_size=run.dataset.image_size, in_channels=data.channels)
+
+    classes, name = len(data.classes), run.model.name
+    first = backbone(cfg.drop_path_stage_1)
+    stage_2 = None
+    if cfg.stages == 2:
+        vision_transformer(first, name, class_token=False)
+        second = vision_transformer(backbone(cfg.drop_path_stage_2), name, class_token=True)
+        stage_2 = MaskedClassifier(second, cfg, classes)
+    model = TwoStage(PartFinder(first, cfg, classes), stage_2)
+    groups.freeze(model, cfg)
+    return PartDiscovery(
+        model, cfg, seed=run.seed, image_size=run.dataset.image_size, num_classes=classes, colours=(run.dataset.mean, run.dataset.std),
+        num_val=data.num_val, offers=run.dataset.offers,
+    )  # fmt: skip
+
+
+class PartDiscovery(Task):
+    main_metric = "val/top1"
+    higher_is_better = True
+
+    def __init__(
+        self, model: TwoStage, cfg: PartDiscoveryConfig, *, seed: int, image_size: int, num_classes: int,
+        colours: tuple[Sequence[float], Sequence[float]], num_val: int = 0, offers: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model = model
+        self.cfg, self.seed, self.image_size, self.num_classes = cfg, seed, image_size, num_classes
+        self.colours, self.num_val, self.offers = colours, num_val, offers
+        self.find_unused_parameters = cfg.stage_1_weight == 0  # its classifier has no other use
+
+    def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
+        images, keys = batch["image"], batch["key"]
+        labels = batch["label"]  # [N]
+        target = batch.get("target", labels)  # soft [N, C] where images are mixed
+        found, logits = self.model.classify(images, keys)
+        terms = self.classification(found, logits, target) | self.part_terms(found)
+        weights = self.cfg.weights()
+        if weights["equivariance"]:
+            terms["equivariance"] = self.equivariance(images, keys, found.maps, progress.step)
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        with torch.no_grad():
+            hard = labels if target is labels else target.argmax(1)
+            scores = {"top1": (logits.argmax(1) == hard).float().mean()}
+            if self.model.stage_2 is not None:
+                scores["top1_stage1"] = (found.logits.argmax(1) == hard).float().mean()
+                scores["seen_fraction"] = found.mask.hard.mean() if found.mask else loss.new_zeros(())
+        return StepOutput(loss, {**{name: term.detach() for name, term in terms.items()}, **scores})
+
+    def classification(self, found: Found, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy of each stage that has a weight."""
+        cfg, terms = self.cfg, {}
+        if cfg.stage_1_weight:
+            terms["stage_1"] = F.cross_entropy(found.logits.float(), target, label_smoothing=cfg.label_smoothing)
+        if cfg.stage_2_weight and self.model.stage_2 is not None:
+            terms["stage_2"] = F.cross_entropy(logits.float(), target, label_smoothing=cfg.label_smoothing)
+        return terms
+
+    def part_terms(self, found: Found) -> dict[str, Tensor]:
+        """What maps and part features should be like, in float32."""
+        cfg, maps = self.cfg, found.maps
+        everywhere = cfg.presence_scope == "global"
+        terms = {
+            "orthogonality": lambda: losses.orthogonality(found.features, axis=cfg.orthogonality_axis),
+            "presence": lambda: losses.presence(maps, cfg.presence_type, across_ranks=everywhere),
+            "enforced_presence": lambda: losses.enforced_presence(maps, cfg.enforced_presence_type),
+            "total_variation": lambda: losses.total_variation(maps),
+            "entropy": lambda: losses.entropy(maps),
+            "concentration": lambda: losses.concentration(maps),
+        }
+        weights = cfg.weights()
+        with torch.autocast(maps.device.type, enabled=False):
+            return {name: term() for name, term in terms.items() if weights[name]}
+
+    def equivariance(self, images: Tensor, keys: Tensor, maps: Tensor, step: int) -> Tensor:
+        """Only the first stage sees the turned images: their maps are all that is asked for."""
+        cfg = self.cfg
+        turn = draw_turn(
+            self.seed, step, self.image_size,
+            rotation=cfg.equivariance_rotation, translation=cfg.equivariance_translation, zoom=cfg.equivariance_zoom,
+        )  # fmt: skip
+        _, _, turned = self.model.stage_1.maps(turn.apply(images), keys, TURNED_NOISE)
+        return losses.equivariance(maps, turn.undo(turned))
+
+    def param_rules(self) -> Sequence[ParamRule]:
+        return list(groups.rules(self.cfg))
+
+    def evaluator(self) -> Evaluator:
+        points = self.cfg.keypoint_regression and {"parts", "box"} <= self.offers
+        return ComparingScores(self) if points or self.cfg.threshold_quantile is not None else PartScores(self)

@@ -1,0 +1,272 @@
+"""Masked image modelling against transformers, to the last digits; masks, features and pictures by their properties."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.mim import masks
+from tasks.mim.build import build
+from tasks.mim.config import MimConfig
+from tasks.mim.pixels import to_images, to_patches
+from tests.tasks.transformers_names import MAE, SIMMIM_SWIN, SIMMIM_VIT, copy_weights, gradients
+from tests.test_exact import assert_same_run, stop_after
+from trainer.config import RunConfig
+from trainer.errors import ConfigError, Stopped
+from trainer.launch.compose import checked, compose, compose_run
+from trainer.run import train
+from trainer.rundir import RunDirectory
+from trainer.task import DataInfo, Progress
+
+VIT = ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16"]
+SWIN = ["model=timm", "model.name=swin_tiny_patch4_window7_224", "model.patch_size=2", "dataset.image_size=32",
+        "+model.args.embed_dim=16", "+model.args.depths=[2,2]", "+model.args.num_heads=[2,4]", "+model.args.window_size=4"]  # fmt: skip
+INFO = DataInfo(num_train=8, num_val=8, classes=("a", "b"), channels=3, steps_per_epoch=1, total_steps=1)
+KEYS = torch.arange(40, 48) * 0x5DEECE66D
+START = Progress(0, 1, 1)
+
+
+def make(*overrides: str) -> Any:
+    torch.manual_seed(0)
+    return built(compose_run("task=mim", *overrides))
+
+
+def built(run: RunConfig) -> Any:
+    assert isinstance(run.task, MimConfig)
+    return build(run.task, run, INFO)
+
+
+def images(size: int, count: int = 8) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+# --- against transformers ------------------------------------------------------------------------------------------------
+
+
+def compare(task, batch, other, loss, rules):
+    """Loss and every gradient, to 1e-5."""
+    mine = task.training_step(batch, START).loss
+    mine.backward()
+    loss.backward()
+    assert mine.item() == pytest.approx(loss.item(), abs=1e-5)
+    for name, ours, theirs in gradients(task, other, rules):
+        assert (ours - theirs).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("ratio", [0.75, 0.4])
+def test_mae_is_transformers_vit_mae(normalize, ratio):
+    transformers = pytest.importorskip("transformers")
+    task = make(*VIT, f"task.normalize_pixels={normalize}", f"task.mask_ratio={ratio}", "task.decoder_dim=32", "task.decoder_depth=2")
+    vit = task.model
+    other = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
+            hidden_size=vit.embed_dim, num_hidden_layers=len(vit.blocks), num_attention_heads=vit.blocks[0].attn.num_heads,
+            intermediate_size=vit.blocks[0].mlp.fc1.out_features, image_size=16, patch_size=4, layer_norm_eps=1e-6, mask_ratio=ratio,
+            decoder_hidden_size=32, decoder_num_hidden_layers=2, decoder_num_attention_heads=1, decoder_intermediate_size=128, norm_pix_loss=normalize,
+        )
+    )  # fmt: skip
+    copy_weights(task, other, MAE)
+    other.decoder.decoder_pos_embed.data.copy_(task.decoder.positions)
+    batch = {"image": images(16), "key": KEYS}
+    noise = torch.empty(8, 16).scatter_(1, task.order(KEYS), torch.arange(16.0).expand(8, -1))  # their order is that of the noise
+    compare(task, batch, other, other(batch["image"], noise=noise).loss, MAE)
+
+
+def test_fixed_positions_are_those_of_transformers():
+    module = pytest.importorskip("transformers.models.vit_mae.modeling_vit_mae")
+    table = module.build_2d_sinusoidal_position_embedding(4, 4, 64, cls_token=True)
+    task = make(*VIT)
+    # As they say themselves, MAE's published weights have the two halves the other way round.
+    assert torch.allclose(task.model.pos_embed[0], table.roll(32, 1), atol=1e-6)
+    assert not task.model.pos_embed.requires_grad
+
+
+def test_simmim_is_transformers_vit():
+    transformers = pytest.importorskip("transformers")
+    task = make(*VIT, "task.method=simmim")
+    vit = task.model
+    other = transformers.ViTForMaskedImageModeling(
+        transformers.ViTConfig(
+            hidden_size=vit.embed_dim, num_hidden_layers=len(vit.blocks), num_attention_heads=vit.blocks[0].attn.num_heads,
+            intermediate_size=vit.blocks[0].mlp.fc1.out_features, image_size=16, patch_size=4, encoder_stride=4, layer_norm_eps=1e-6,
+        )
+    )  # fmt: skip
+    copy_weights(task, other, SIMMIM_VIT)
+    batch = {"image": images(16), "key": KEYS}
+    mask = masks.hidden(task.order(KEYS), task.num_visible)
+    compare(task, batch, other, other(batch["image"], bool_masked_pos=mask).loss, SIMMIM_VIT)
+
+
+def test_simmim_is_transformers_swin():
+    transformers = pytest.importorskip("transformers")
+    task = make(*SWIN, "task.method=simmim", "task.mask_unit=8", "model.drop_path_rate=0").eval()
+    other = transformers.SwinForMaskedImageModeling(
+        transformers.SwinConfig(
+            image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, encoder_stride=4, drop_path_rate=0.0
+        )
+    )
+    copy_weights(task, other, SIMMIM_SWIN)
+    batch = {"image": images(32), "key": KEYS}
+    mask = masks.enlarged(masks.hidden(task.order(KEYS), task.num_visible), (4, 4), 4).flatten(1)
+    compare(task, batch, other, other(batch["image"], bool_masked_pos=mask).loss, SIMMIM_SWIN)
+
+
+# --- masks ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["random", "block"])
+@pytest.mark.parametrize(("grid", "ratio"), [((14, 14), 0.75), ((6, 6), 0.6), ((2, 2), 0.5), ((8, 8), 0.9)])
+def test_a_mask_hides_exactly_so_many_and_belongs_to_its_sample(kind, grid, ratio):
+    keys = torch.arange(64) * 7919
+    order = masks.visible_first(keys, grid, kind)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(grid[0] * grid[1]).expand(64, -1))
+    visible = math.floor(grid[0] * grid[1] * (1 - ratio))
+    mask = masks.hidden(order, visible)
+    assert (mask.sum(1) == grid[0] * grid[1] - visible).all()
+    assert len({tuple(row.tolist()) for row in mask}) > (1 if len(mask[0]) == 4 else 60)
+    shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(masks.visible_first(keys[shuffled], grid, kind), order[shuffled])
+    assert torch.equal(masks.visible_first(keys[5:6], grid, kind), order[5:6])
+
+
+def test_every_unit_is_hidden_alike_by_random_masks_and_blocks_hang_together():
+    keys = torch.arange(4000)
+    rate = masks.hidden(masks.visible_first(keys, (8, 8), "random"), 16).float().mean(0)
+    assert (rate - 0.75).abs().max() < 0.04  # five standard deviations of a mean of 4000
+    alike = {}
+    for kind in ("random", "block"):
+        mask = masks.hidden(masks.visible_first(keys, (8, 8), kind), 32).view(-1, 8, 8)
+        alike[kind] = (mask[:, :, 1:] == mask[:, :, :-1]).float().mean().item()
+    assert alike["random"] < 0.52
+    assert alike["block"] > 0.75, "neighbours share their fate"
+
+
+def test_units_of_patches():
+    order = torch.tensor([[3, 0, 1, 2]])  # 2 x 2 units of 2 x 2 patches
+    fine = masks.in_patches(order, (2, 2), 2)
+    assert fine.tolist()[0][:8] == [10, 11, 14, 15, 0, 1, 4, 5]
+    coarse = masks.enlarged(masks.hidden(order, 2), (2, 2), 2).flatten(1)
+    assert torch.equal(masks.hidden(fine, 8), coarse)
+
+
+def test_patches_and_back():
+    x = images(12, 2)
+    patches = to_patches(x, 4)
+    assert torch.equal(patches[1, 5].view(4, 4, 3).permute(2, 0, 1), x[1, :, 4:8, 8:12])
+    assert torch.equal(to_images(patches, 4, (3, 3)), x)
+
+
+# --- the encoder sees what it should -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides", [VIT, [*VIT, "task.method=simmim"], [*SWIN, "task.method=simmim"], [*VIT, "task.mask_unit=8", "task.mask=block"]]
+)
+def test_hidden_pixels_do_not_reach_the_prediction(overrides):
+    task = make(*overrides).eval()
+    x = images(task.grid[0] * task.patch)
+    order = task.order(KEYS)
+    hidden = masks.enlarged(masks.hidden(order, task.num_visible), task.units, task.unit).unsqueeze(1)
+    with torch.no_grad():
+        _, before = task.losses(x, order)
+        _, same = task.losses(x.where(~hidden, 7.0), order)
+        _, other = task.losses(x.where(hidden, 7.0), order)
+    assert torch.equal(before, same)
+    assert not torch.allclose(before, other)
+
+
+def test_mae_encodes_a_quarter():
+    task = make(*VIT)
+    seen = []
+    task.model.blocks[0].register_forward_hook(lambda part, inputs, output: seen.append(inputs[0].shape[1]))
+    task.training_step({"image": images(16), "key": KEYS}, START)
+    assert seen == [1 + 4], "the class token and four of sixteen patches"
+
+
+def test_filled_images_keep_what_was_visible():
+    task = make(*VIT)
+    x = images(16)
+    filled = task.fill_in(x, KEYS)
+    mask = filled.hidden.unsqueeze(1).expand_as(x)
+    assert mask.float().mean() == 0.75
+    assert torch.allclose(filled.images[~mask], x[~mask])
+    assert not torch.allclose(filled.images[mask], x[mask])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task.method=simmim", "precision=bf16"],
+        ["task.mask=block", "task.mask_unit=8", "loop.accumulate=2", "loop.activation_checkpointing=true"],
+    ],
+)
+def test_a_stopped_run_ends_in_the_same_bits(overrides, tmp_path, monkeypatch):
+    overrides = ["task=mim", *VIT, *overrides, "task.knn_neighbours=5", "loop.batch_size=16", "loop.samples_per_epoch=48", "loop.epochs=2",
+                 "loop.log_every=1", "loop.progress=none", "logger.plots=false", "loop.max_validation_batches=2", "loop.max_reference_images=64",
+                 "dataset.num_workers=0"]  # fmt: skip
+    train(compose_run(*overrides), RunDirectory(tmp_path / "unbroken"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            train(compose_run(*overrides), RunDirectory(tmp_path / "broken"))
+    result = train(compose_run(*overrides), RunDirectory(tmp_path / "broken"))
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    assert {"val/loss", "val/knn_top1"} <= result["last"].keys()
+    assert list((tmp_path / "broken" / "previews").rglob("*.png"))
+
+
+# --- what cannot work ----------------------------------------------------------------------------------------------------
+
+
+def problems(*overrides: str):
+    _, found = checked(compose(["task=mim", *overrides]))
+    return {p.key: p for p in found}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "fix"),
+    [
+        (["model=resnet50"], "model.name", "simmim"),
+        (["model=torchvision"], "model", "model=timm"),
+        (["task.mask_ratio=0"], "task.mask_ratio", ""),
+        (["task.mask_ratio=1"], "task.mask_ratio", ""),
+        (["task.mask_ratio=0.999"], "task.mask_ratio", "task.mask_ratio=0.5"),
+        (["dataset.image_size=30"], "dataset.image_size", "dataset.image_size=32"),
+        (["task.mask_unit=6"], "task.mask_unit", "task.mask_unit=4"),
+        (["task.method=simmim", "task.mask_unit=12"], "task.mask_unit", "task.mask_unit="),
+        (["task.method=simmim", "task.decoder_depth=2"], "task.decoder_depth", "null"),
+        (["task.method=mea"], "task.method", "mae"),
+        (["augmentation.mixup=0.2"], "augmentation.mixup", "augmentation.mixup=0"),
+    ],
+)
+def test_what_cannot_work_is_said_with_the_way_out(overrides, key, fix):
+    found = problems(*overrides)
+    assert key in found, found
+    assert fix in str(found[key])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=timm", "model.name=swin_s3_tiny_224", "dataset.image_size=224"], "plain ViT"),  # no name tells it
+        (["model=timm", "model.name=test_convnext", "task.method=simmim"], "patches that do not overlap"),
+        (["model=timm", "model.name=test_resnet"], "plain ViT"),
+        ([*VIT, "task.decoder_dim=30"], "task.decoder_dim"),
+    ],
+)
+def test_what_only_the_network_tells_is_said_before_the_first_step(overrides, message):
+    run = compose_run("task=mim", *overrides)
+    with pytest.raises(ConfigError, match=message):
+        built(run)
+
+
+def test_the_papers_sizes():
+    mae, simmim = (compose_run("task=mim", f"task.method={method}").task for method in ("mae", "simmim"))
+    assert isinstance(mae, MimConfig) and isinstance(simmim, MimConfig)
+    assert mae.decoder_size(768, 12) == mae.decoder_size(1024, 24) == (512, 8, 16)
+    assert (mae.unit(16, 224), mae.num_visible(196)) == (16, 49)
+    assert (simmim.unit(4, 192), simmim.unit(16, 192), simmim.num_visible(36)) == (32, 32, 14)

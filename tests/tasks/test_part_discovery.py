@@ -1,0 +1,231 @@
+"""Part discovery as a task: exact evaluation, ranks, resuming, interventions, bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from tasks.part_discovery import losses
+from tasks.part_discovery.task import PartDiscovery
+from tests.layouts import LAYOUTS
+from tests.processes import finish, logs, start, start_ranks
+from tests.ranks import distributed, run_ranks, torchrun_environments
+from tests.test_exact import assert_same_run, last, stop_after
+from trainer.build import build_data, build_task
+from trainer.config import RunConfig
+from trainer.errors import ConfigError, DataError, Stopped
+from trainer.launch.compose import checked, compose, compose_run
+from trainer.run import loaders, train
+from trainer.rundir import RunDirectory
+
+TINY = [
+    "task=part_discovery", "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2", "dataset.image_size=32",
+    "loop.batch_size=8", "loop.epochs=1", "loop.log_every=1", "loop.progress=none", "logger.plots=false", "dataset.num_workers=0",
+]  # fmt: skip
+FEW = ["dataset.num_train=48", "dataset.num_val=20"]
+
+
+def made(*overrides: str) -> RunConfig:
+    return compose_run(*TINY, *([] if any(o.startswith("dataset=") for o in overrides) else FEW), *overrides)
+
+
+def run(directory: Path, *overrides: str) -> dict:
+    return train(made(*overrides), RunDirectory(directory))
+
+
+def evaluate(*overrides: str) -> dict[str, float]:
+    """Scores of freshly drawn weights."""
+    from trainer.distributed import open_world
+
+    config = made(*overrides)
+    with open_world(config.distributed) as world:
+        data = build_data(config)
+        task = build_task(config, data, world.device, 1)
+        _, validation, reference = loaders(config, data, task, world, 0)
+        assert validation is not None
+        evaluator = task.eval().evaluator()
+        with torch.no_grad():
+            for batch in reference or ():
+                evaluator.reference(batch)  # type: ignore[attr-defined]
+            for batch in validation:
+                evaluator.update(batch)
+            return evaluator.compute()
+
+
+EVERYTHING = {
+    "loss", "loss_stage1", "top1", "top1_stage1", "auroc", "auroc_stage1", "fg_miou", "nmi", "ari", "keypoint_nmse", "seen_fraction",
+}  # fmt: skip
+
+
+def test_two_evaluations_are_equal_bit_for_bit():
+    first, second = evaluate(), evaluate()
+    assert first == second
+    assert first.keys() == EVERYTHING
+    assert evaluate("task.gumbel_at_eval=true") == evaluate("task.gumbel_at_eval=true")
+
+
+def test_the_size_of_a_batch_and_pruning_do_not_change_the_scores():
+    whole = evaluate()
+    for change in ("loop.batch_size=5", "task.prune=false"):
+        other = evaluate(change)
+        assert other.keys() == whole.keys()
+        assert all(other[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6) for name in whole), change
+
+
+def test_interventions_change_the_evaluation():
+    whole = evaluate()
+    less, loose, tight = (
+        evaluate("task.remove_parts=[0,1]"),
+        evaluate("task.threshold_quantile=0.01"),
+        evaluate("task.threshold_quantile=0.9"),
+    )
+    assert less["seen_fraction"] < whole["seen_fraction"]
+    assert tight["seen_fraction"] < loose["seen_fraction"]
+    nothing = evaluate("task.part_thresholds=[1e9,1e9,1e9,1e9]")
+    assert nothing["seen_fraction"] == 0
+    assert np.isfinite(nothing["loss"])
+
+
+def test_groups_are_scored_where_there_are_some(tmp_path):
+    LAYOUTS["waterbirds"](tmp_path / "birds")
+    scores = evaluate(*_on(tmp_path / "birds", "waterbirds"))
+    assert {"worst_group_top1", "worst_group_top1_stage1"} <= scores.keys()
+    assert scores["worst_group_top1"] <= scores["top1"]
+
+
+def _on(path: Path, dataset: str) -> list[str]:
+    """Overrides for a dataset on disk instead of the embedded one."""
+    return [f"dataset={dataset}", f"dataset.path={path}"]
+
+
+def test_resuming_ends_in_the_same_bits(tmp_path, monkeypatch):
+    overrides = ["task.freeze_stage_1=true", "task.gumbel_at_eval=true", "optimizer.weight_decay_scaling=normalized"]
+    run(tmp_path / "unbroken", *overrides)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            run(tmp_path / "broken", *overrides)
+    run(tmp_path / "broken", *overrides)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    assert sorted(p.name for p in (tmp_path / "unbroken" / "previews").glob("*.png")) == ["parts-0000006.png"]
+
+
+def test_one_rank_and_two_train_alike(tmp_path):
+    """Noise and dropout are on: they come from each sample's key. Presence looks at the images of both ranks."""
+    overrides = [*TINY, *FEW, "optimizer=sgd", "optimizer.lr=0.01", "loop.steps=3", "loop.epochs=null"]
+    one, two = start(tmp_path / "one", overrides), start_ranks(tmp_path / "two", overrides, 2)
+    assert finish([one, *two]) == [0, 0, 0], logs(tmp_path / "one") + logs(tmp_path / "two")
+    left, right = last(tmp_path / "one")["task"], last(tmp_path / "two")["task"]
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, atol=1e-5, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    for a, b in zip(*rows, strict=True):
+        for name, value in a.items():
+            if name.startswith("train/") or (name.startswith("val/") and "seconds" not in name):
+                assert b[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def shared_presence(kind: str) -> tuple[float, list[float]]:
+    """The loss, and the gradient that DDP would make of both ranks', by images."""
+    from trainer.distributed import open_world
+
+    with open_world(distributed(), cuda=False) as world:
+        mine = maps_of_four()[world.rank * 2 : world.rank * 2 + 2].requires_grad_()
+        loss = losses.presence(mine, kind, across_ranks=True)
+        loss.backward()
+        assert mine.grad is not None
+        whole = torch.zeros(4, *mine.shape[1:])
+        whole[world.rank * 2 : world.rank * 2 + 2] = mine.grad / world.size
+        dist.all_reduce(whole)
+        return loss.item(), whole.sum((2, 3)).flatten().tolist()
+
+
+def maps_of_four() -> torch.Tensor:
+    return torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_presence_over_ranks_is_presence_over_the_whole_batch(tmp_path):
+    for kind in ("original", "tanh"):
+        maps = maps_of_four().requires_grad_()
+        loss = losses.presence(maps, kind)
+        loss.backward()
+        assert maps.grad is not None
+        for outcome in run_ranks(shared_presence, torchrun_environments(2), tmp_path / kind, kind):
+            assert outcome.code == 0, outcome.output
+            assert outcome.value[0] == pytest.approx(loss.item(), abs=1e-6)
+            assert outcome.value[1] == pytest.approx(maps.grad.sum((2, 3)).flatten().tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        (["task.num_parts=0"], "task.num_parts", ">= 2"),
+        (["task.num_parts=1"], "task.num_parts", ">= 2"),
+        (["dataset.image_size=36"], "dataset.image_size", "multiple of 8"),
+        (["dataset.image_size=16"], "dataset.image_size", "3 x 3"),
+        (["task.mask_gradient=soft", "task.prune=true"], "task.prune", "soft masks"),
+        (["task.freeze_stage_1_tokens=true"], "task.freeze_stage_1_tokens", "task.freeze_stage_1"),
+        (["task.stages=1", "task.freeze_stage_2=true"], "task.freeze_stage_2", "one stage"),
+        (["task.stage_2_weight=0"], "task.stage_2_weight", "learn nothing"),
+        (["task.stages=1", "task.stage_1_weight=0"], "task.stage_1_weight", "nothing else"),
+        (["task.remove_parts=[4]"], "task.remove_parts", "0 to 3"),
+        (["task.remove_parts=[0,1,2,3]"], "task.remove_parts", "no part"),
+        (["task.part_thresholds=[1.0]"], "task.part_thresholds", "each of 4"),
+        (["task.part_thresholds=[1.0,1,1,1]", "task.threshold_quantile=0.1"], "task.threshold_quantile", "already"),
+        (["task.presence_type=sometimes"], "task.presence_type", "one of"),
+        (["task.equivariance_zoom=[1.4,0.8]"], "task.equivariance_zoom", "smallest"),
+        (["model=torchvision", "model.name=resnet18"], "model", "features"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides, key, reason):
+    base = [o for o in TINY if not (overrides[0].startswith("model=") and o.startswith(("model", "+model")))]
+    _, problems = checked(compose([*base, *overrides]))
+    assert [p.key for p in problems] == [key]
+    assert reason in str(problems[0])
+
+
+def test_freezing_everything_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="nothing would be trained"):
+        run(tmp_path, "optimizer.rules=[{pattern: '.', lr_factor: 0}]")
+
+
+def test_an_empty_validation_split_is_refused(tmp_path):
+    LAYOUTS["cub"](tmp_path / "cub")
+    split = tmp_path / "cub" / "train_test_split.txt"
+    split.write_text("".join(f"{line.split()[0]} 1\n" for line in split.read_text().splitlines()))
+    _, problems = checked(compose([*TINY, *_on(tmp_path / "cub", "cub")]))
+    assert any("val split" in str(p) for p in problems), problems
+
+
+def test_metadata_with_missing_rows_is_refused(tmp_path):
+    LAYOUTS["cub"](tmp_path / "cub")
+    labels = tmp_path / "cub" / "image_class_labels.txt"
+    labels.write_text("".join(labels.read_text().splitlines(keepends=True)[:-3]))
+    _, problems = checked(compose([*TINY, *_on(tmp_path / "cub", "cub")]))
+    assert any("image_class_labels.txt" in str(p) and "no line for image" in str(p) for p in problems), problems
+
+
+def test_masks_of_another_size_are_bad_data(tmp_path):
+    LAYOUTS["cub"](tmp_path / "cub")
+    for image in (tmp_path / "cub" / "images").rglob("*.jpg"):
+        mask = tmp_path / "cub" / "segmentations" / image.relative_to(tmp_path / "cub" / "images").with_suffix(".png")
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((7, 9), 255, np.uint8)).save(mask)
+    shutil.rmtree(tmp_path / "cub" / ".trainyard", ignore_errors=True)
+    with pytest.raises(DataError, match=r"9 x 7 pixels, its photograph 40 x 40"):
+        run(tmp_path / "run", *_on(tmp_path / "cub", "cub"), "dataset.max_bad_samples=2")
+
+
+def test_a_task_is_built_of_the_same_weights_every_time():
+    config = made()
+    one, two = (build_task(config, build_data(config), torch.device("cpu"), 1) for _ in range(2))
+    assert isinstance(one, PartDiscovery)
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name

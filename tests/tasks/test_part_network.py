@@ -1,0 +1,284 @@
+"""The two stages as networks: gradients as asked for, pruning without a difference, twelve groups, what is frozen."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from tasks.part_discovery import groups
+from tasks.part_discovery.backbones import feature_map
+from tasks.part_discovery.network import Modulation
+from tasks.part_discovery.task import PartDiscovery
+from trainer.build import build_data, build_task
+from trainer.errors import ConfigError
+from trainer.launch.compose import compose_run
+from trainer.optim import parameter_groups
+from trainer.task import Batch, Progress
+
+SMALL = ["task=part_discovery", "dataset.image_size=40", "loop.batch_size=4", "dataset.num_train=16", "dataset.num_val=8"]
+TINY = [*SMALL, "+model.args.depth=2"]
+PROGRESS = Progress(0, 10, 5.0)
+
+
+def make(*overrides: str) -> PartDiscovery:
+    run = compose_run(*TINY, *overrides)
+    task = build_task(run, build_data(run), torch.device("cpu"), 1)
+    assert isinstance(task, PartDiscovery)
+    return task
+
+
+def batch(count: int = 4, size: int = 40) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "image": torch.randn(count, 3, size, size, generator=generator), "label": torch.arange(count) % 8,
+        "key": torch.arange(count) * 101, "index": torch.arange(count),
+    }  # fmt: skip
+
+
+def only_stage_2() -> list[str]:
+    """Every loss but the second stage's classification is off."""
+    others = ("stage_1", "orthogonality", "equivariance", "presence", "enforced_presence", "total_variation", "entropy")
+    return [f"task.{name}_weight=0" for name in others]
+
+
+@pytest.mark.parametrize(("gradient", "reaches"), [("straight_through", True), ("none", False), ("soft", True)])
+def test_stage_2_teaches_stage_1_exactly_as_mask_gradient_says(gradient, reaches):
+    task = make(f"task.mask_gradient={gradient}", *only_stage_2())
+    task.train()
+    task(batch(), PROGRESS).loss.backward()
+    found = [p.grad for p in task.model.stage_1.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert bool(found) == reaches
+    if reaches:
+        assert task.model.stage_1.prototypes.grad is not None
+        assert all(g.isfinite().all() for g in found)
+    assert task.model.stage_2 is not None
+    assert all(p.grad is not None for p in task.model.stage_2.parameters())
+
+
+def test_the_straight_through_gradient_is_that_of_attention_weighted_by_the_mask():
+    """The loss as a function of a mask between 0 and 1 that multiplies attention: its slope at the hard mask, by differences."""
+    task = make(*only_stage_2()).double()
+    task.train()
+    stage_2, images = task.model.stage_2, batch(2)["image"].double()
+    assert stage_2 is not None
+    from tasks.part_discovery.backbones import seen_tokens
+
+    hard = (torch.rand(2, 5, 5, generator=torch.Generator().manual_seed(3)) > 0.4).double()
+
+    def loss(mask: Tensor) -> Tensor:
+        return seen_tokens(stage_2.backbone, images, mask, bias=1e-10, prune=False).square().sum()  # type: ignore[arg-type]
+
+    hard.requires_grad_()
+    (slope,) = torch.autograd.grad(loss(hard), hard)
+    for i in ((0, 1, 2), (1, 3, 3), (0, 0, 0)):
+        inward = -1 if hard[i] > 0.5 else 1
+        moved = hard.detach().clone()
+        moved[i] += inward * 1e-4
+        difference = (loss(moved) - loss(hard.detach())) / (inward * 1e-4)
+        assert slope[i].item() == pytest.approx(difference.item(), rel=0.02, abs=1e-3)
+
+
+def test_hidden_patches_have_no_influence_and_prefix_tokens_always_have():
+    task = make().eval()
+    data = batch()
+    with torch.no_grad():
+        found, logits = task.model.classify(data["image"])
+        assert found.mask is not None
+        hidden = (found.mask.hard == 0).repeat_interleave(8, 1).repeat_interleave(8, 2).unsqueeze(1)
+        assert hidden.any()
+        assert task.model.stage_2 is not None
+        noise = torch.where(hidden, torch.randn_like(data["image"]) * 10, data["image"])
+        torch.testing.assert_close(task.model.stage_2(noise, found.mask), logits, atol=1e-5, rtol=0)
+        found.mask.hard.zero_()
+        assert task.model.stage_2(data["image"], found.mask).isfinite().all(), "an image without parts still has its prefix tokens"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_pruned_tokens_change_nothing(share):
+    """Images that see different numbers of patches, in one batch."""
+    images = batch(6)["image"]
+    mask = torch.rand(6, 5, 5, generator=torch.Generator().manual_seed(1)) < torch.linspace(0, share, 6).view(6, 1, 1)
+    logits = []
+    for prune in ("true", "false"):
+        task = make(f"task.prune={prune}").eval()
+        assert task.model.stage_2 is not None
+        from tasks.part_discovery.maps import Mask
+
+        with torch.no_grad():
+            logits.append(task.model.stage_2(images, Mask(mask.float(), mask.float())))
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+def test_registers_and_class_token_are_prefix_tokens():
+    task = make("+model.args.reg_tokens=4").eval()
+    assert feature_map(task.model.stage_1.backbone, batch()["image"]).shape == (4, 64, 5, 5)
+    task.train()
+    task(batch(), PROGRESS).loss.backward()
+    assert all(p.grad is not None for p in task.parameters())
+
+
+def test_evaluation_has_no_noise_unless_asked_for():
+    data = batch()
+    with torch.no_grad():
+        quiet = make().eval()
+        assert torch.equal(quiet.model.classify(data["image"], data["key"])[0].maps, quiet.model.classify(data["image"])[0].maps)
+        noisy = make("task.gumbel_at_eval=true").eval()
+        first, again = (noisy.model.classify(data["image"], data["key"])[0].maps for _ in range(2))
+        assert torch.equal(first, again), "the noise is each image's own"
+        assert (first - quiet.model.classify(data["image"])[0].maps).abs().max() > 0.1
+
+
+def test_noise_and_dropout_do_not_depend_on_who_shares_the_batch():
+    task = make().train()
+    data = batch()
+    with torch.no_grad():
+        whole, _ = task.model.classify(data["image"], data["key"])
+        half, _ = task.model.classify(data["image"][2:], data["key"][2:])
+    torch.testing.assert_close(half.maps, whole.maps[2:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(half.logits, whole.logits[2:], atol=1e-5, rtol=0)
+    assert whole.mask is not None
+    assert half.mask is not None
+    assert torch.equal(half.mask.hard, whole.mask.hard[2:])
+
+
+def test_equivariance_runs_stage_1_alone_on_the_turned_images():
+    task = make()
+    seen: dict[str, int] = {}
+    assert task.model.stage_2 is not None
+    for name in ("stage_1", "stage_2"):
+        backbone = task.model.get_submodule(f"{name}.backbone.patch_embed")
+        backbone.register_forward_hook(lambda *_, name=name: seen.update({name: seen.get(name, 0) + 1}))
+    task.train()
+    task(batch(), PROGRESS)
+    assert seen == {"stage_1": 2, "stage_2": 1}
+    task.cfg = dataclasses.replace(task.cfg, equivariance_weight=0.0)
+    task(batch(), PROGRESS)
+    assert seen == {"stage_1": 3, "stage_2": 2}, "0 is not computed"
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "original", "none", "parallel_mlp"])
+def test_modulations(kind):
+    x = torch.randn(3, 5, 8)
+    y = Modulation(kind, 5, 8)(x)
+    assert y.shape == x.shape
+    if kind == "layer_norm":  # over parts and channels together
+        torch.testing.assert_close(y, (x - x.mean((1, 2), keepdim=True)) / (x.var((1, 2), keepdim=True, correction=0) + 1e-5).sqrt())
+    elif kind != "parallel_mlp":
+        assert torch.equal(y, x)
+    else:  # a part's output depends on that part alone
+        moved = x.clone()
+        moved[:, 0] += 1
+        torch.manual_seed(0)
+        modulation = Modulation(kind, 5, 8)
+        assert torch.equal(modulation(moved)[:, 1:], modulation(x)[:, 1:])
+        assert not torch.equal(modulation(moved)[:, 0], modulation(x)[:, 0])
+
+
+FACTORS = ["task.scratch_lr_factor=1e4", "task.modulation_lr_factor=1e4", "task.finer_lr_factor=1e3", "task.stage_two_lr_factor=2"]
+GROUPS = {  # group: (factor, decays, one of its parameters)
+    "classifier_1": (1e4, True, "model.stage_1.classifier.weight"),
+    "classifier_1_undecayed": (1e4, False, None),
+    "classifier_2": (1e4, True, "model.stage_2.head.weight"),
+    "classifier_2_undecayed": (1e4, False, "model.stage_2.head_norm.weight"),
+    "modulation": (1e4, False, "model.stage_1.modulation.norm.weight"),
+    "prototypes": (1e3, False, "model.stage_1.prototypes"),
+    "tokens_1": (1.0, False, "model.stage_1.backbone.reg_token"),
+    "tokens_2": (2.0, False, "model.stage_2.backbone.pos_embed"),
+    "backbone_2": (2.0, True, "model.stage_2.backbone.blocks.0.attn.qkv.weight"),
+    "backbone_2_undecayed": (2.0, False, "model.stage_2.backbone.blocks.1.norm1.weight"),
+    "backbone_1": (1.0, True, "model.stage_1.backbone.patch_embed.proj.weight"),
+    "backbone_1_undecayed": (1.0, False, "model.stage_1.backbone.blocks.0.mlp.fc1.bias"),
+}
+
+
+def test_twelve_groups_by_name_with_their_factors():
+    """At the published rate, 1e-6 at 16 images: 2.828e-6 at 128, prototypes 2.828e-3, heads and modulation 2.828e-2."""
+    run = compose_run(
+        *TINY, "+model.args.reg_tokens=4", *FACTORS, "loop.batch_size=128", "dataset.num_train=128", "optimizer.lr=1e-6",
+        "optimizer.lr_scaling=sqrt", "optimizer.base_batch_size=16", "optimizer.weight_decay=0.05",
+    )  # fmt: skip
+    task = build_task(run, build_data(run), torch.device("cpu"), 1)
+    found = groups.groups(task)
+    assert list(found) == list(GROUPS)
+    assert sum(map(len, found.values())) == sum(1 for _ in task.parameters())
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in parameter_groups(task, run.optimizer, 128, task.param_rules()) for p in g["params"]}
+    parameters = dict(task.named_parameters())
+    for name, (factor, decays, example) in GROUPS.items():
+        assert example is None or example in found[name]
+        for parameter in found[name]:
+            lr, decay = of[id(parameters[parameter])]
+            assert lr == pytest.approx(2.828e-6 * factor, rel=1e-3), parameter
+            assert decay == (0.05 if decays else 0), parameter
+
+
+SWITCHES = {
+    (): set(),
+    ("freeze_stage_1",): {"backbone_1", "backbone_1_undecayed"},
+    ("freeze_stage_1", "freeze_stage_1_tokens"): {"backbone_1", "backbone_1_undecayed", "tokens_1"},
+    ("freeze_stage_2",): {"backbone_2", "backbone_2_undecayed"},
+    ("freeze_stage_2", "freeze_stage_2_tokens"): {"backbone_2", "backbone_2_undecayed", "tokens_2"},
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_what_the_four_switches_freeze(switches):
+    task = make(*(f"task.{switch}=true" for switch in switches))
+    frozen = {name for name, p in task.named_parameters() if not p.requires_grad}
+    found = groups.groups(task)
+    assert frozen == {name for group in SWITCHES[switches] for name in found[group]}
+    task.train()
+    task(batch(), PROGRESS).loss.backward()
+    assert all((p.grad is None) == (name in frozen) for name, p in task.named_parameters())
+
+
+def test_removed_parts_are_not_seen_and_do_not_vote():
+    data = batch()
+    with torch.no_grad():
+        whole = make().eval().model.classify(data["image"])[0]
+        owner = whole.maps.argmax(1)
+        part = int(owner[owner < 4].mode().values)
+        less = make(f"task.remove_parts=[{part}]").eval().model.classify(data["image"])[0]
+    assert whole.mask is not None
+    assert less.mask is not None
+    assert not less.mask.hard[owner == part].any()
+    assert torch.equal(less.maps.argmax(1), torch.where(owner == part, 4, owner))
+    left = [k for k in range(4) if k != part]
+    torch.testing.assert_close(less.logits, less.part_logits[:, left].mean(1))
+
+
+def test_one_stage_has_the_first_stages_logits():
+    task = make("task.stages=1")
+    assert task.model.stage_2 is None
+    task.train()
+    output = task(batch(), PROGRESS)
+    assert {"stage_1", "orthogonality", "equivariance", "presence"} <= output.metrics.keys()
+    assert "stage_2" not in output.metrics
+    output.loss.backward()
+    assert all(p.grad is not None for p in task.parameters())
+
+
+def test_the_total_is_the_weighted_sum_of_its_terms():
+    task = make("task.presence_weight=0.5", "task.concentration_weight=3")
+    task.train()
+    output = task(batch(), PROGRESS)
+    weights = task.cfg.weights()
+    assert set(weights) <= output.metrics.keys()
+    assert output.loss.item() == pytest.approx(sum(w * output.metrics[name].item() for name, w in weights.items()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["model=resnet18"], "model.name"),
+        (["+model.args.class_token=false", "+model.args.global_pool=avg"], "model.name"),
+        (["+model.args.patch_drop_rate=0.5"], "model.args.patch_drop_rate"),
+    ],
+)
+def test_networks_that_cannot_hide_tokens_are_refused(overrides, key):
+    run = compose_run(*SMALL, *overrides)
+    with pytest.raises(ConfigError) as refused:
+        build_task(run, build_data(run), torch.device("cpu"), 1)
+    assert refused.value.problems[0].key == key  # type: ignore[union-attr]

@@ -1,0 +1,52 @@
+"""The pool's server without torch: its jobs do what the file `job` in their run directory says, and note that they ran."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from trainer.errors import Diverged, Interrupted, Stopped
+from trainer.launch.door import guarded
+from trainer.rundir import RunDirectory
+from trainer.sweep import server
+
+SCRIPT, RAN, CORES = "job", "ran", "cores"
+
+
+def be(directory: RunDirectory) -> int:
+    return guarded(lambda: _be(directory))
+
+
+def _be(directory: RunDirectory) -> int:
+    if directory.is_finished():
+        return 0
+    script = directory.path / SCRIPT
+    what, _, argument = (script.read_text() if script.exists() else "work 0").partition(" ")
+    told: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: told.append(n))
+    with directory.claim():
+        with (directory.path / RAN).open("a") as file:
+            file.write(f"{time.time()}\n")
+        (directory.path / CORES).write_text(f"{sorted(os.sched_getaffinity(0))} {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        if what == "crash":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "raise":
+            raise RuntimeError("the weights are gone")
+        if what == "diverge":
+            raise Diverged("nan")
+        end = time.monotonic() + float(argument or 0)
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            directory.status("running", step=100)
+            if told:
+                raise (Interrupted if signal.SIGINT in told else Stopped)("told to stop")
+        directory.result_path.write_text('{"metric": "val/top1", "mode": "max", "best": {"val/top1": 0.5}}')
+        directory.status("completed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(server.main(sys.argv[1:], (), be))

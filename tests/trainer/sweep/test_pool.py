@@ -1,0 +1,213 @@
+"""The pool: slots, crashes, signals, canaries, and a launcher that dies at any moment. Its jobs are scripts, so that it is the pool that is tested."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.sweep import light
+from trainer.sweep.manifest import Job, Manifest, driving, new_directory, states
+from trainer.sweep.pool import CANCEL, Pool, Slot, slots_for
+
+SERVER = [str(Path(light.__file__))]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path):
+    def make(*scripts: str) -> Manifest:
+        path = new_directory(tmp_path / "runs" / "digits" / "sweeps")
+        manifest = Manifest(path, path.name, "digits", "", [], "local", [])
+        manifest.jobs = [Job(n, [f"seed={n}"], {}, n, f"runs/digits/s{n}-00000000") for n in range(len(scripts))]
+        for job, script in zip(manifest.jobs, scripts, strict=True):
+            manifest.directory(job).create()
+            manifest.directory(job).config_path.write_text("")
+            (manifest.directory(job).path / light.SCRIPT).write_text(script)
+        manifest.save()
+        return manifest
+
+    return make
+
+
+def run(manifest: Manifest, slots: int = 2, said: list[str] | None = None, **more) -> int:
+    pool = Pool(manifest, [Slot()] * slots, say=(said if said is not None else []).append, server=SERVER, **more)
+    with driving(manifest.path):
+        return pool.run([job for job in manifest.jobs if job.state != "completed"])
+
+
+def times(manifest: Manifest, index: int) -> list[float]:
+    ran = manifest.directory(manifest.jobs[index]).path / light.RAN
+    return [float(line) for line in ran.read_text().split()] if ran.exists() else []
+
+
+def how(manifest: Manifest) -> list[str]:
+    return [state.state for state in states(Manifest.load(manifest.path))]
+
+
+def test_every_job_runs_once_and_a_finished_one_not_again(sweep):
+    manifest, said = sweep(*["work 0"] * 6), []
+    assert run(manifest, said=said) == 0
+    assert how(manifest) == ["completed"] * 6
+    assert [len(times(manifest, n)) for n in range(6)] == [1] * 6
+    assert [job.attempts for job in Manifest.load(manifest.path).jobs] == [1] * 6
+    assert any("[3] seed=3 completed: best val/top1 0.5" in line for line in said)
+    assert run(manifest) == 0
+    assert [len(times(manifest, n)) for n in range(6)] == [1] * 6
+
+
+def test_the_next_job_starts_when_a_slot_frees(sweep):
+    manifest = sweep("work 1.2", "work 0.1", "work 0.1", "work 0.1")
+    started = time.time()
+    assert run(manifest) == 0
+    assert max(times(manifest, n)[0] for n in (1, 2, 3)) < times(manifest, 0)[0] + 1.2  # beside the long one
+    assert time.time() - started < 10
+
+
+def test_one_crash_touches_no_other(sweep):
+    manifest, said = sweep("crash", "work 0.3", "raise", "diverge", "work 0"), []
+    assert run(manifest, said=said) == 128 + 9
+    assert how(manifest) == ["failed", "completed", "failed", "failed", "completed"]
+    reasons = [state.reason or "" for state in states(manifest)]
+    assert "killed by SIGKILL (out of memory?)" in reasons[0]
+    assert reasons[2].startswith("RuntimeError: the weights are gone")
+    assert reasons[3].startswith("Diverged: nan")
+    assert "RuntimeError: the weights are gone" in (manifest.path / "logs" / "0002.log").read_text()
+    assert any("[2] seed=2 failed: RuntimeError: the weights are gone" in line for line in said)
+
+
+@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted")])
+def test_a_signal_stops_all_of_them(sweep, number, code, state):
+    manifest = sweep("work 60", "work 60", "work 60")
+
+    def tell():
+        while len(times(manifest, 0)) + len(times(manifest, 1)) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=tell, daemon=True).start()
+    assert run(manifest) == code
+    assert how(manifest) == [state, state, "queued"]
+    assert all(manifest.directory(job).live_writer() is None for job in manifest.jobs)
+
+
+def test_cancelling_through_the_manifests_folder(sweep):
+    manifest = sweep("work 60", "work 0.2", "work 0", "work 60")
+
+    def ask():
+        while not times(manifest, 0):
+            time.sleep(0.02)
+        (manifest.path / CANCEL).write_text(json.dumps([0, 3]))
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert run(manifest) != 0
+    assert how(manifest) == ["cancelled", "completed", "completed", "cancelled"]
+    assert not times(manifest, 3)
+
+
+def test_canary(sweep):
+    manifest = sweep("work 1.5", "work 0", "work 0")
+    assert run(manifest, canary_steps=20) == 0
+    assert times(manifest, 1)[0] > times(manifest, 0)[0]
+    bad = sweep("diverge", "work 0", "work 0")
+    for job in bad.jobs:  # the same directories: nothing is finished there
+        manifest.directory(job).result_path.unlink()
+        (manifest.directory(job).path / light.RAN).unlink()
+        manifest.directory(job).status("queued")
+    assert run(bad, canary_steps=20) == 4
+    assert how(bad) == ["failed", "held", "held"]
+    assert not times(bad, 1)
+
+
+# A launcher that dies
+
+
+def _launch_and_die(path: str, after: int) -> None:
+    """Run what is left, and be killed after so many writes."""
+    count = 0
+    replace = os.replace
+
+    def counting(*args, **kwargs):
+        nonlocal count
+        replace(*args, **kwargs)
+        count += 1
+        if count == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counting
+    manifest = Manifest.load(path)
+    left = [j for j, s in zip(manifest.jobs, states(manifest), strict=True) if s.state != "completed"]
+    os._exit(run_left(manifest, left))
+
+
+def run_left(manifest: Manifest, left: list[Job]) -> int:
+    with driving(manifest.path):
+        return Pool(manifest, [Slot()] * 2, say=lambda text: None, server=SERVER).run(left)
+
+
+def test_twenty_deaths_of_the_launcher(sweep, monkeypatch):
+    """Killed after its first write, its second … : whoever goes on finds a whole manifest, and completes what is left, once."""
+    manifest = sweep(*["work 0.05"] * 24)
+    finished: dict[int, float] = {}
+    for death in range(20):
+        process = multiprocessing.get_context("fork").Process(target=_launch_and_die, args=(str(manifest.path), 1 + death % 7))
+        process.start()
+        process.join(60)
+        assert not process.is_alive()
+        for job in Manifest.load(manifest.path).jobs:  # whole, every time
+            result = manifest.directory(job).result_path
+            if result.exists():
+                finished.setdefault(job.index, result.stat().st_mtime)
+    manifest = Manifest.load(manifest.path)
+    assert run_left(manifest, [j for j, s in zip(manifest.jobs, states(manifest), strict=True) if s.state != "completed"]) == 0
+    assert how(manifest) == ["completed"] * 24
+    for index, when in finished.items():  # what was done was not done again
+        assert manifest.directory(manifest.jobs[index]).result_path.stat().st_mtime == when
+        assert max(times(manifest, index)) <= when
+
+
+def test_the_jobs_of_a_killed_launcher_stop_and_are_waited_for(sweep):
+    manifest = sweep("work 30", "work 0")
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run(manifest)))
+    process.start()
+    while not times(manifest, 0):
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    (manifest.directory(manifest.jobs[0]).path / light.SCRIPT).write_text("work 0")
+    assert run(Manifest.load(manifest.path)) == 0
+    assert how(manifest) == ["completed", "completed"]
+    assert len(times(manifest, 0)) == 2
+
+
+# Slots
+
+
+def test_cores_and_gpus_are_divided(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("trainer.surroundings.granted_cores", lambda: float("inf"))
+    monkeypatch.setattr("trainer.surroundings.visible_gpus", lambda: 0)
+    assert [slot.cores for slot in slots_for({}, 100)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert [slot.cores for slot in slots_for({"slots": 2}, 100)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert [slot.cores for slot in slots_for({}, 1)] == [()]
+    assert [slot.cores for slot in slots_for({"cores_per_job": 3}, 9)] == [(0, 1, 2), (3, 4, 5)]
+    monkeypatch.setattr("trainer.surroundings.visible_gpus", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot.environment for slot in slots_for({}, 9)] == [{"CUDA_VISIBLE_DEVICES": str(n)} for n in range(4)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert [slot.gpus for slot in slots_for({"gpus_per_job": 2}, 9)] == [("4", "5"), ("6", "7")]
+    assert [slot.cores for slot in slots_for({"gpus_per_job": 2}, 9)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert [slot.gpus for slot in slots_for({"gpus_per_job": 0, "slots": 1}, 9)] == [()]  # none is not any
+
+
+def test_a_job_gets_its_slot(sweep):
+    manifest = sweep("work 0")
+    core = min(os.sched_getaffinity(0))
+    pool = Pool(manifest, [Slot((core,), ("3",))], say=lambda text: None, server=SERVER)
+    assert pool.run(manifest.jobs) == 0
+    assert (manifest.directory(manifest.jobs[0]).path / light.CORES).read_text() == f"[{core}] 3"

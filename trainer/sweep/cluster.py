@@ -1,0 +1,114 @@
+"""What SLURM knows: the states of jobs, partitions, limits. Asked where it answers, never waited for where it does not. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+
+_TIMEOUT = 10.0  # seconds
+_STATES = {
+    "PENDING": "queued", "CONFIGURING": "queued", "REQUEUED": "queued", "REQUEUE_HOLD": "held", "REQUEUE_FED": "queued", "SPECIAL_EXIT": "held",
+    "RUNNING": "running", "COMPLETING": "running", "SUSPENDED": "running", "STOPPED": "running", "STAGE_OUT": "running", "SIGNALING": "running",
+    "RESIZING": "running",
+    "COMPLETED": "completed", "FAILED": "failed", "BOOT_FAIL": "failed", "NODE_FAIL": "failed", "OUT_OF_MEMORY": "failed", "DEADLINE": "failed",
+    "TIMEOUT": "failed", "PREEMPTED": "preempted", "CANCELLED": "cancelled", "REVOKED": "cancelled",
+}  # fmt: skip
+"""SLURM's states in our words (squeue(1), sacct(1))."""
+
+
+def ask(job_ids: Sequence[str | None]) -> dict[str, str]:
+    """Our word for the state of each job that SLURM knows: squeue first, sacct for what has left the queue."""
+    return {job: in_our_words(word) for job, word in words(job_ids).items()}
+
+
+def in_our_words(word: str) -> str:
+    return _STATES.get(word, "failed")
+
+
+def words(job_ids: Sequence[str | None]) -> dict[str, str]:
+    """SLURM's own word for the state of each job that it knows: RUNNING, NODE_FAIL …"""
+    wanted = {job for job in job_ids if job}
+    if not wanted:
+        return {}
+    found = queue_states()
+    left = wanted - found.keys()
+    if left:
+        found |= {job: word for job, word in _sacct(left).items() if job in left}
+    return {job: word for job, word in found.items() if job in wanted}
+
+
+def queue_states() -> dict[str, str]:
+    """Every job of ours that is in the queue, array tasks one by one: {"12_3": "PENDING"}."""
+    return {job: word for job, word, _ in queue()}
+
+
+def queue() -> list[tuple[str, str, str]]:
+    """(id, state, comment) of every job of ours in the queue."""
+    text = run("squeue", "--me", "-h", "-r", "-o", "%i|%T|%k")
+    rows = [line.split("|", 2) for line in (text or "").splitlines()]
+    return [(row[0].strip(), row[1].strip(), row[2].strip()) for row in rows if len(row) == 3]
+
+
+def _sacct(job_ids: Iterable[str]) -> dict[str, str]:
+    """Empty where accounting is off, or does not answer."""
+    masters = sorted({job.split("_")[0] for job in job_ids})
+    text = run("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", ",".join(masters)) or ""
+    found = {}
+    for line in text.splitlines():
+        job, _, state = line.partition("|")
+        found[job] = state.split()[0] if state.split() else ""  # "CANCELLED by 0"
+    return found
+
+
+def partitions() -> dict[str, int]:
+    """How many nodes each partition has; empty where SLURM does not say."""
+    text = run("sinfo", "-h", "-o", "%R|%D") or ""
+    found: dict[str, int] = {}
+    for line in text.splitlines():
+        name, _, nodes = line.partition("|")
+        found[name.strip()] = found.get(name.strip(), 0) + int(nodes)
+    return found
+
+
+def default_partition() -> str | None:
+    text = run("sinfo", "-h", "-o", "%P") or ""
+    return next((line.strip().rstrip("*") for line in text.splitlines() if line.strip().endswith("*")), None)
+
+
+def largest_array() -> int:
+    """Jobs of an array: the cluster's MaxArraySize, SLURM's default of 1001 where it does not say."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config") or "", re.MULTILINE)
+    return max(1, int(found.group(1)) - 1 if found else 1000)  # indices lie below it; 0 turns arrays off
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Let SLURM end these jobs; those that are gone already do not matter."""
+    for start in range(0, len(job_ids), 500):  # a command line has a length
+        run("scancel", *job_ids[start : start + 500], timeout=60.0)
+
+
+def run(*command: str, timeout: float = _TIMEOUT) -> str | None:
+    """What a command of SLURM's prints; None where it fails, is missing or takes too long."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=clean_environment())
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+_OF_A_JOB = re.compile(
+    r"(SLURM|SBATCH|SRUN|PMI|PMIX|TORCHELASTIC|SUBMITIT)_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT)$"
+)
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS")
+
+
+def clean_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment without the variables of the job that this process may be part of: a job submitted from inside another
+    would take over its tasks, its memory and its port."""
+    environment = os.environ if environment is None else environment
+    return {name: value for name, value in environment.items() if name in _OF_THE_CLUSTER or not _OF_A_JOB.match(name)}

@@ -1,0 +1,295 @@
+"""Jobs side by side on this host, each in a process of its own with its own GPUs or cores; the next starts when one has ended.
+
+The processes are forked by `trainer.sweep.server`. This side imports no torch, keeps the manifest, and passes signals on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import site
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from trainer.errors import Interrupted, Stopped
+from trainer.sweep.manifest import Job, Manifest, State, state_of
+from trainer.sweep.outcome import describe, explain_end, has_passed
+
+CANCEL = "cancel.json"  # in a sweep's directory: indices of jobs that somebody wants stopped
+_GRACE = 60.0  # seconds a job has to save and end once it was told to
+_ASKING = 0.5  # seconds between two looks for requests and at the canary
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one job may use."""
+
+    cores: tuple[int, ...] = ()  # () = all there are
+    gpus: tuple[str, ...] | None = None  # as CUDA_VISIBLE_DEVICES names them; None = not restricted
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+
+
+@dataclass
+class Running:
+    """A job in its slot."""
+
+    job: Job
+    slot: Slot
+    pid: int = 0  # 0: the server has not answered yet
+    since: float = 0.0
+    told: bool = False  # to stop
+
+
+class Pool:
+    """Runs jobs of a manifest to their ends. `say` gets a line for everything that happens."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        slots: Sequence[Slot],
+        *,
+        canary_steps: int = 0,
+        code: Path = _ROOT,
+        say: Callable[[str], None] = print,
+        server: Sequence[str] = ("-m", "trainer.sweep.server"),
+    ) -> None:
+        """`code`: the folder whose code jobs run; `server`: Python's arguments that start the process which forks them."""
+        self.manifest, self.slots, self.code, self.say, self.server = manifest, deque(slots), code, say, server
+        self.canary_steps = canary_steps  # 0: no canary
+        self.queue: deque[Job] = deque()
+        self.running: dict[int, Running] = {}  # by index
+        self.codes: dict[int, int] = {}  # of the jobs that have ended
+        self.signals: list[int] = []
+        self._stopped_at: float | None = None
+        self._canary: Job | None = None
+        self._rest = b""
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        """The exit code: 0 if every job is completed, else that of the first that is not."""
+        logs = self.manifest.path / "logs"
+        logs.mkdir(exist_ok=True)
+        for job in jobs:
+            if self.manifest.directory(job).is_finished():
+                self._note(job, "completed", None)
+                self.say(f"{self._name(job)} is finished already")
+            else:
+                self.queue.append(job)
+        self.manifest.save()
+        if self.queue:
+            self._canary = self.queue[0] if self.canary_steps and len(self.queue) > 1 else None
+            with self._server() as line, self._listening():
+                self._loop(line)
+        if self.signals:
+            return Interrupted.exit_code if signal.SIGINT in self.signals else Stopped.exit_code
+        return next((code for _, code in sorted(self.codes.items()) if code), 0)
+
+    def _loop(self, line: socket.socket) -> None:
+        waiting = selectors.DefaultSelector()
+        waiting.register(line, selectors.EVENT_READ)
+        asked = 0.0
+        while True:
+            self._fill(line)
+            if not self.running and not (self.queue and not self.signals):
+                return
+            if waiting.select(timeout=_ASKING):
+                self._hear(line)
+            if time.monotonic() - asked >= _ASKING:
+                asked = time.monotonic()
+                self._look_around()
+
+    # Starting
+
+    def _fill(self, line: socket.socket) -> None:
+        """A job for every free slot."""
+        for _ in range(len(self.queue)):
+            if self.signals or not self.slots or (self._canary and self.running):
+                return
+            job = self.queue.popleft()
+            if self.manifest.directory(job).live_writer() is not None:  # left by a launcher that is gone, and saving
+                self.queue.append(job)
+                continue
+            self._start(line, job)
+
+    def _start(self, line: socket.socket, job: Job) -> None:
+        slot = self.slots.popleft()
+        job.attempts += 1
+        self._note(job, "running", None)
+        self.manifest.save()  # before it starts: a launcher killed in between has started nothing
+        self.running[job.index] = Running(job, slot, since=time.monotonic())
+        request = {
+            "job": job.index, "directory": str(self.manifest.directory(job)), "log": str(self.log_of(job)),
+            "environment": slot.environment, "cores": slot.cores,
+        }  # fmt: skip
+        line.sendall(json.dumps(request).encode() + b"\n")
+
+    def log_of(self, job: Job) -> Path:
+        """What the job prints."""
+        return self.manifest.path / "logs" / f"{job.index:04d}.log"
+
+    @contextmanager
+    def _server(self) -> Iterator[socket.socket]:
+        ours, theirs = socket.socketpair()
+        paths = [str(self.code)] if str(self.code) not in site.getsitepackages() else []
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH")]))}
+        process = subprocess.Popen(
+            [sys.executable, "-P", *self.server, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
+            cwd=self.manifest.cwd if os.path.isdir(self.manifest.cwd) else None,
+        )  # fmt: skip
+        theirs.close()
+        try:
+            yield ours
+        finally:
+            for running in self.running.values():
+                self._kill(running)
+            ours.close()
+            process.wait()
+
+    # Ending
+
+    def _hear(self, line: socket.socket) -> None:
+        received = line.recv(1 << 16)
+        if not received:
+            raise RuntimeError("the process that starts jobs has ended; its last words are above")
+        *lines, self._rest = (self._rest + received).split(b"\n")
+        for message in map(json.loads, lines):
+            if "pid" in message:
+                running = self.running[message["job"]]
+                running.pid = message["pid"]
+                self.say(f"{self._name(running.job)} started: {self.manifest.directory(running.job)}")
+                if self.signals:
+                    self._send(running, self.signals[-1])
+            elif "code" in message:
+                self._ended(self.running.pop(message["job"]), message["code"])
+
+    def _ended(self, running: Running, code: int) -> None:
+        job, directory = running.job, self.manifest.directory(running.job)
+        self._kill(running)  # what it may have left behind
+        self.slots.append(running.slot)
+        self.codes[job.index] = code if code >= 0 else 128 - code
+        state, reason = explain_end(directory, code, self.log_of(job), cancelled=running.told and not self.signals)
+        self._note(job, state, reason)
+        self.manifest.save()
+        self.say(f"{self._name(job)} {describe(directory, State(state, reason))}, after {time.monotonic() - running.since:.0f} s")
+        if state == "failed":
+            self.say(f"    {self.log_of(job)} has the rest")
+        if job is self._canary:
+            self._canary = None
+            if state != "completed":
+                self._hold()
+
+    def _hold(self) -> None:
+        """The canary has failed: nothing else is tried."""
+        while self.queue:
+            job = self.queue.popleft()
+            self._note(job, "held", "the first job did not get far enough (hydra.launcher.canary)")
+            self.codes.setdefault(job.index, 1)
+        self.manifest.save()
+        self.say("the other jobs are held; python -m trainer resume starts them all the same")
+
+    def _look_around(self) -> None:
+        if self._canary and self._canary.index in self.running and has_passed(self.manifest.directory(self._canary), self.canary_steps):
+            self.say(f"{self._name(self._canary)} has passed {self.canary_steps} steps; the others start")
+            self._canary = None
+        self._cancel()
+        if self._stopped_at is not None and time.monotonic() - self._stopped_at > _GRACE:
+            for running in self.running.values():
+                self._kill(running)
+
+    def _cancel(self) -> None:
+        """Stop what `python -m trainer cancel` has asked for."""
+        request = self.manifest.path / CANCEL
+        try:
+            wanted = set(json.loads(request.read_text()))
+            request.unlink()
+        except (OSError, ValueError):
+            return
+        for job in [job for job in self.queue if job.index in wanted]:
+            self.queue.remove(job)
+            self._note(job, "cancelled", "cancelled before it started")
+            self.manifest.directory(job).status("cancelled", reason=job.reason)
+        for index, running in self.running.items():
+            if index in wanted:
+                running.told = True
+                self._send(running, signal.SIGTERM)
+        self.manifest.save()
+
+    # Signals
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Signals to the launcher go to every job, which ends at a step boundary with a checkpoint."""
+        previous = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+        self._stopped_at = self._stopped_at or time.monotonic()
+        for running in self.running.values():
+            self._send(running, number)
+
+    def _send(self, running: Running, number: int) -> None:
+        if running.pid:
+            with suppress(ProcessLookupError):
+                os.kill(running.pid, number)
+
+    def _kill(self, running: Running) -> None:
+        if running.pid:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(running.pid, signal.SIGKILL)
+
+    def _note(self, job: Job, state: str, reason: str | None) -> None:
+        job.state, job.reason = state, reason
+
+    def _name(self, job: Job) -> str:
+        return f"[{job.index}] {job}"
+
+
+def slots_for(settings: Mapping[str, Any], num_jobs: int) -> list[Slot]:
+    """Divide this host: sets of GPUs where there are any, else shares of its cores."""
+    from trainer.surroundings import usable_cores, visible_gpus
+
+    names = _gpu_names(visible_gpus())
+    per_job = settings.get("gpus_per_job")
+    per_job = (1 if names else 0) if per_job is None else per_job
+    cores_each = settings.get("cores_per_job")
+    by_cores = max(1, usable_cores() // (cores_each or (1 if per_job else 2)))
+    count = settings.get("slots") or (len(names) // per_job if per_job else by_cores)
+    count = max(1, min(count, num_jobs))
+    cpus = sorted(os.sched_getaffinity(0))
+    share = cores_each or max(1, usable_cores() // count)
+    slots = []
+    for n in range(count):
+        mine = tuple(cpus[n * share : (n + 1) * share]) if count > 1 or cores_each else ()
+        gpus = tuple(names[n * per_job : (n + 1) * per_job]) if per_job else () if names else None
+        slots.append(Slot(mine if len(mine) == share else (), gpus))
+    return slots
+
+
+def _gpu_names(count: int) -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(n) for n in range(count)]
+
+
+def is_over(manifest: Manifest) -> bool:
+    """Whether no job of a sweep is going to change by itself."""
+    return all(state_of(job, manifest.directory(job)).is_final for job in manifest.jobs)

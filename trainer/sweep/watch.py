@@ -1,0 +1,36 @@
+"""Staying with a sweep on SLURM until its last job has ended: a line for everything that changes, and the exit code in the end."""
+
+from __future__ import annotations
+
+import time
+
+from trainer.sweep import cluster
+from trainer.sweep.drive import summary
+from trainer.sweep.manifest import Manifest, State, states
+from trainer.sweep.outcome import describe
+
+_ASKING = 1.0  # seconds between two looks at the run directories
+_ASKING_SLURM = 15.0  # seconds between two questions to SLURM, which many ask
+
+
+def watch(manifest: Manifest) -> int:
+    """0 if every job is completed, else 1."""
+    known: list[State | None] = [None] * len(manifest.jobs)
+    asked, at_slurm = float("-inf"), {}
+    while True:
+        if time.monotonic() - asked > _ASKING_SLURM:
+            manifest = Manifest.load(manifest.path)  # a canary may have held some of them
+            asked, at_slurm = time.monotonic(), cluster.words([job.job_id for job in manifest.jobs])
+        ours = {job: cluster.in_our_words(word) for job, word in at_slurm.items()}
+        found = states(manifest, ours)
+        for job, before, now in zip(manifest.jobs, known, found, strict=True):
+            if before is None or before.state != now.state:
+                print(f"[{job.index}] {job} {describe(manifest.directory(job), now)}", flush=True)
+        known = list(found)
+        if all(
+            s.is_final or (at_slurm and ours.get(j.job_id or "") not in ("queued", "running"))
+            for j, s in zip(manifest.jobs, found, strict=True)
+        ):
+            print(summary(manifest))
+            return int(any(s.state != "completed" for s in found))
+        time.sleep(_ASKING)
