@@ -154,7 +154,7 @@ def evaluator() -> Callable[[], float]:
     from tasks.detection.config import DetectionConfig
     from tasks.detection.evaluation import CocoEvaluator
 
-    scorer = CocoEvaluator(torch.nn.Identity(), DetectionConfig(), [str(k) for k in range(80)], offset=1, mean=[0.5], std=[0.5])
+    scorer = CocoEvaluator(lambda images: [], DetectionConfig(), [str(k) for k in range(80)], offset=1, mean=[0.5], std=[0.5])
     scorer.results = dict(enumerate(results()))
     scorer.compute()
     return lambda: _milliseconds(scorer.compute, 1)

@@ -43,7 +43,7 @@ def build(model: ModelConfig, channels: int = 3, **changes: Any) -> Detection:
 
 
 def body(task: Detection) -> Pyramid:
-    found = task.model.get_submodule("backbone.body")
+    found = task.model.get_submodule("detector.backbone.body")
     assert isinstance(found, Pyramid)
     return found
 
@@ -100,29 +100,26 @@ def test_what_is_frozen_neither_learns_nor_adapts(name):
     optimizer.step()
     moved = {k for k, v in task.state_dict().items() if not torch.equal(v, before[k])}
     depths = body(task).depths()
-    frozen = {f"model.backbone.body.{k}" for k, depth in depths.items() if depth < 2}
+    frozen = {f"model.detector.backbone.body.{k}" for k, depth in depths.items() if depth < 2}
     assert frozen
     assert not frozen & moved
-    assert any(k.startswith("model.backbone.body.") for k in moved), "the rest of the backbone learns"
+    assert any(k.startswith("model.detector.backbone.body.") for k in moved), "the rest of the backbone learns"
 
 
 def test_frozen_batch_norms_keep_their_statistics_and_scales():
     task = build(TimmModel(name="test_resnet"), frozen_batchnorm=True)
-    norms = [m for m in task.model.get_submodule("backbone.body").modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in task.model.get_submodule("detector.backbone.body").modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert norms == []
     with pytest.raises(ConfigError, match=r"task\.freeze_stages"):
         build(TimmModel(name="test_resnet"), freeze_stages=9)
 
 
 def test_an_image_is_found_the_same_things_in_whatever_its_company():
-    from tasks.detection.evaluation import CocoEvaluator
-
     task = build(TimmModel(name="test_convnext")).eval()
-    evaluator = CocoEvaluator(task.model, task.cfg, task.classes, offset=1, mean=[0.5], std=[0.25])
     images = [torch.randn(3, h, w, generator=torch.Generator().manual_seed(h)) for h, w in [(40, 64), (64, 33), (33, 64), (64, 64)]]
     with torch.no_grad():
-        together = evaluator._detect(images)
-        alone = [evaluator._detect([image])[0] for image in images]
+        together = task.detect(images)
+        alone = [task.detect([image])[0] for image in images]
     for a, b in zip(together, alone, strict=True):
         torch.testing.assert_close(a["boxes"], b["boxes"], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(a["scores"], b["scores"], atol=1e-5, rtol=1e-4)
@@ -137,7 +134,7 @@ def test_weights_of_a_classifier_fit_the_backbone(tmp_path):
         torch.save(network.state_dict(), tmp_path / "w.pt")
         task = build(model)
         account = load_weights(task, str(tmp_path / "w.pt"))
-        own = {k: v for k, v in task.state_dict().items() if k.startswith("model.backbone.body.")}
+        own = {k: v for k, v in task.state_dict().items() if k.startswith("model.detector.backbone.body.")}
         assert len(account.loaded) == len(own), account
         first: Tensor = next(iter(own.values()))
         assert any(first.shape == v.shape and torch.equal(first, v) for v in network.state_dict().values())

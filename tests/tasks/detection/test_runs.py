@@ -62,7 +62,7 @@ def resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str
 @pytest.mark.parametrize("name", RUNS)
 def test_stopped_and_resumed_to_the_last_bit(name, tmp_path, monkeypatch):
     directory = resumed(tmp_path, monkeypatch, RUNS[name])
-    rows = list(csv.DictReader((directory / "batches.csv").open()))
+    rows = list(csv.DictReader((directory / "batches.csv").read_text().splitlines()))
     terms = TERMS[name.partition("-")[0].partition("_v2")[0]]
     assert len(rows) == 6
     for row in rows:
@@ -86,7 +86,7 @@ def test_five_channels_resumed_and_best_by_training_loss(model, tmp_path, monkey
     result = json.loads((directory / "result.json").read_text())
     losses = [row["train/loss"] for row in result["history"]]
     assert result["best"]["train/loss"] == min(losses)
-    rows = list(csv.DictReader((directory / "epochs.csv").open()))
+    rows = list(csv.DictReader((directory / "epochs.csv").read_text().splitlines()))
     assert [float(row["train/loss"]) for row in rows] == pytest.approx(losses)
 
 
