@@ -214,6 +214,7 @@ def known_keys() -> set[str]:
 
     choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"], ["task=part_discovery"],
                ["dataset=waterbirds"], ["dataset=cub"], ["dataset=siim_acr"],
+               ["task=detection"], ["model=mit_b0"], ["augmentation=boxes"],
                ["dataset=webdataset"], *([f"scheduler={p.stem}"] for p in (ROOT / "conf" / "scheduler").glob("*.yaml")),
                *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml")),
                *([f"task={p.stem}"] for p in (ROOT / "conf" / "task").glob("*.yaml"))]  # fmt: skip

@@ -141,9 +141,12 @@ def ranks(run: RunConfig, facts: Facts) -> Iterator[Problem]:
 def names(run: RunConfig, facts: Facts) -> Iterator[Problem]:
     """Texts that others will read: metric names, weights to start from, W&B's ids."""
     metric = run.loop.best_metric
-    if metric is not None and not metric.startswith("val/"):
+    if metric is not None and not metric.startswith("val/") and metric != "train/loss":
         yield Problem(
-            "loop.best_metric", metric, "must be a validation metric, as val/top1", f"loop.best_metric=val/{metric.rpartition('/')[2]}"
+            "loop.best_metric",
+            metric,
+            "must be a validation metric, as val/top1, or train/loss",
+            f"loop.best_metric=val/{metric.rpartition('/')[2]}",
         )
     start = run.init_from
     if start is not None and start != "timm:pretrained" and not Path(start).expanduser().exists():
