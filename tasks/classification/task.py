@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.losses import binary_cross_entropy, divergence
-from trainer.labels import Labelled, label_scores
+from trainer.labels import Labelled, best_five, label_scores
 from trainer.task import Batch, Progress, StepOutput, Task
 
 
@@ -97,16 +97,7 @@ class Classification(Task):
         self.competing[list(classes)] = True
 
     def predict(self, batch: Batch) -> list[list[dict[str, Any]]]:
-        logits = self.logits(batch["image"]).float()  # [N, C]
-        if self.competing is not None:
-            logits = logits.masked_fill(~self.competing, float("-inf"))
-        values, places = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)  # [N, 5]
-        found = []
-        for shares, labels in zip(values.tolist(), places.tolist(), strict=True):
-            ranked = [(self.classes[label], share) for label, share in zip(labels, shares, strict=True) if share > 0]
-            top = "; ".join(f"{name} {share:.4f}" for name, share in ranked)
-            found.append([{"predicted": ranked[0][0], "confidence": ranked[0][1], "top5": top}])
-        return found
+        return best_five(self.logits(batch["image"]), self.classes, self.competing)
 
 
 def views_of(images: Tensor, kind: str) -> list[Tensor]:
