@@ -22,14 +22,8 @@ LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "lo
           "scheduler.warmup_epochs=0"]  # fmt: skip
 SMALL: dict[str, list[str]] = {  # a task's own way of being small; all its features stay on
     # A plain transformer: the default one's batch statistics are each rank's own.
-    "part_discovery": [
-        "model=timm",
-        "model.name=test_vit",
-        "model.patch_size=8",
-        "dataset.image_size=32",
-        "dataset.num_val=18",
-        "task.threshold_quantile=0.05",
-    ],
+    "part_discovery": ["model=timm", "model.name=test_vit", "model.patch_size=8", "dataset.image_size=32", "dataset.num_val=18", "task.gumbel=true",
+                       "task.threshold_quantile=0.05"],
     "classification": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "augmentation.mixup=0.2"],
     "detection": ["model=timm", "model.name=test_convnext", "dataset.image_size=64", "dataset.num_val=17", "task.width=32", "task.score_threshold=0"],
     "dino": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "task.method=dinov2", "task.out_dim=32",
