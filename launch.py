@@ -3,7 +3,7 @@
 python launch.py                                      # a classifier on real images of digits
 python launch.py task=classification --help           # every field of this run, explained
 torchrun --nproc-per-node=8 launch.py                 # one node
-python launch.py -m seed=1,2,3                        # one run after the other
+python launch.py -m seed=1,2,3                        # a sweep, on this host or on SLURM
 """
 
 import sys

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 from trainer.__main__ import VERBS
-from trainer.launch.compose import checked, compose
+from trainer.errors import ConfigError, Problem
+from trainer.launch.amend import amended
+from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.door import report
+from trainer.launch.jobs import plan
+from trainer.validation import problems_of as invalid
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-ELSEWHERE = ("dataset.path", "dataset.val_path", "init_from")  # what lies on the reader's disk and not on ours
-OVERRIDE_VERBS = ("validate", "plot-lr", "show-batch", "bench-loader", "describe-data")
+# What lies on the reader's disk and not on ours.
+ELSEWHERE = ("dataset.path", "dataset.val_path", "dataset.info", "dataset.class_file", "init_from", "task.teacher")
+OVERRIDE_VERBS = ("validate", "plot-lr", "find-lr", "show-batch", "bench-loader", "describe-data")
+RUN_VERBS = ("evaluate", "predict", "export", "extend", "clean")  # RUN_DIR, and for most of them overrides of its config
+OWN_WORDS = ("checkpoint", "classes", "split", "real_labels")
 
 
 def commands() -> list[tuple[str, str]]:
@@ -41,24 +51,132 @@ def is_meant_to_fail(document: str, command: str) -> bool:
 
 @pytest.mark.parametrize(("document", "command"), commands())
 def test_command(document, command, tmp_path):
-    words = shlex.split(command, comments=True)
-    overrides, config_dir = [w for w in words if "=" in w and not w.startswith("-")], None
-    if "trainer" in words:
-        verb = words[words.index("trainer") + 1]
-        assert verb in VERBS or verb.startswith("<"), f"{document}: no verb {verb}"
-        if verb not in OVERRIDE_VERBS:
-            return
-    if "--config-dir" in words:
-        config_dir = str(tmp_path)
-        (tmp_path / "experiment").mkdir()
-        (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nloop: {epochs: 3}\n")
-    overrides = [o.split(",")[0] if "-m" in words and "=" in o and "[" not in o else o for o in overrides]
-    _, problems = checked(compose(overrides, config_dir))
-    problems = [p for p in problems if p.key not in ELSEWHERE]
-    if is_meant_to_fail(document, command) or "dataset.image_size=100" in overrides:
+    problems = problems_of(command, tmp_path)
+    if is_meant_to_fail(document, command) or "dataset.image_size=100" in command:
         assert problems
     else:
         assert not problems, "\n".join(map(str, problems))
+
+
+def sweep_problems(overrides: list[str]) -> list[Problem]:
+    """What is wrong with a sweep, but for what only the cluster can say, and this host's lack of GPUs."""
+    try:
+        plan([o for o in overrides if "gpus_per_job" not in o])
+    except ConfigError as error:
+        return [p for p in error.problems if isinstance(p, Problem)]
+    return []
+
+
+def problems_of(command: str, tmp_path: Path) -> list[Problem]:
+    """Everything wrong with a command of one of our programs, but for what lies on the reader's disk."""
+    words = shlex.split(command, comments=True)
+    overrides, config_dir = [w for w in words if "=" in w and not w.startswith("-")], None
+    if "trainer" in words:
+        verb, rest = words[words.index("trainer") + 1], words[words.index("trainer") + 2 :]
+        assert verb in VERBS or verb.startswith("<"), f"no verb {verb}"
+        if verb in RUN_VERBS:
+            return problems_of_a_run_verb(verb, rest)
+        if verb not in OVERRIDE_VERBS:
+            return []
+    if "--config-dir" in words:
+        config_dir = str(tmp_path)
+        (tmp_path / "experiment").mkdir()
+        for name in ("mine", "base"):
+            (tmp_path / "experiment" / f"{name}.yaml").write_text("# @package _global_\nname: mine\nloop: {epochs: 3}\n")
+    if ("-m" in words and "trainer" not in words) or any(o.startswith("hydra/launcher=") for o in overrides):
+        return sweep_problems([o for o in overrides if "sweep.file=" not in o])
+    _, problems = checked(compose(overrides, config_dir))
+    return [p for p in problems if p.key not in ELSEWHERE]
+
+
+def problems_of_a_run_verb(verb: str, words: list[str]) -> list[Problem]:
+    """Its own parser takes the words, and the overrides fit a run of the defaults."""
+    options = import_module(VERBS[verb][0].split(":")[0]).arguments().parse_intermixed_args(words)
+    overrides = [o for o in getattr(options, "overrides", []) if o.split("=")[0] not in OWN_WORDS]
+    return amended(DEFAULTS, overrides)[2]
+
+
+DEFAULTS = compose_run()
+
+
+def table_rows() -> list[tuple[str, str, str]]:
+    """(what another tool calls it, ours, a remark) of every row of a table that maps one to the other."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", (ROOT / "docs" / "from-other-tools.md").read_text(), re.MULTILINE):
+        head, _, *lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in block.splitlines()]
+        if head[1:] == ["here", ""]:
+            found += [(theirs, ours, remark) for theirs, ours, remark in lines]
+    return found
+
+
+@pytest.mark.parametrize(("theirs", "ours", "remark"), table_rows(), ids=lambda cell: cell[:40])
+def test_what_another_tool_has_is_an_override_here_or_there_is_a_reason(theirs, ours, remark, tmp_path):
+    spans = re.findall(r"`([^`]+)`", ours)
+    if not spans:
+        assert ours == "—" and len(remark) > 10, f"{theirs}: neither an override nor the reason why there is none"
+    for span in spans:
+        words = shlex.split(span)
+        if all("." in word.split("=")[0] for word in words):  # settings alone: Hydra need not choose groups for each row anew
+            run, _, problems = amended(DEFAULTS, words)
+            problems += invalid(run) if run is not None else []
+        else:
+            problems = problems_of(span if re.match(r"python|torchrun", span) else f"python launch.py {span}", tmp_path)
+        assert not problems, f"{theirs}:\n" + "\n".join(map(str, problems))
+
+
+FLAGS = """
+amp amp-dtype aug-level aug-type batch-size bias-lr bias-weight-decay channels channels-last clip-grad-norm compile compile-backbone compile-fullgraph
+compile-mode compile-opt compile-recompile-limit cooldown-epochs cooldown-steps custom-layer-lr-scale custom-layer-wd cutmix data-path data-val
+ddp-comm-dtype distributed-mode drop-last epochs experiment fast-matmul find-unused-parameters fsdp grad-accum-steps grad-anomaly-detection
+grad-checkpointing grad-checkpointing-segments help img-loader keep-last layer-decay layer-decay-min-scale layer-decay-no-opt-scale load-ema
+load-scheduler load-states log-interval lr lr-cosine-fraction lr-cosine-min lr-power lr-scale lr-scale-type lr-scheduler lr-scheduler-update
+lr-step-gamma lr-step-size lr-steps mixup-alpha mixup-cutmix-prob model-dtype model-ema model-ema-decay model-ema-warmup moe-training momentum
+nesterov network no-broadcast-buffers no-summary non-interactive non-strict-weights norm-wd num-workers opt opt-alpha opt-betas opt-eps opt-fused
+plot-lr prefetch-factor pretrained ra-magnitude ra-num-ops ra-reps ra-sampler re-prob reset-head resize-min-scale resume-epoch save-frequency seed
+simple-crop size smoothing-alpha steps-per-epoch stop-epoch sync-bn tag top-k transformer-embedding-decay use-deterministic-algorithms use-fake-data
+val-path warmup-epochs warmup-steps wd wd-end wds wds-class-file wds-info wds-train-size wds-training-split wds-val-size wds-val-split
+
+cfg-file cfg-files cfg-default ckpt-dir name version seed gpus
+"""
+"""Those of birder that concern classification, and those of SlowTV. ERA4's scripts have none; its table is by feature."""
+
+
+@pytest.mark.parametrize("flag", FLAGS.split())
+def test_every_flag_of_the_tools_that_are_united_here_has_a_row(flag):
+    assert any(re.search(rf"--{flag}(?![\w-]*\w)", theirs) for theirs, _, _ in table_rows()), (
+        f"docs/from-other-tools.md says nothing of --{flag}"
+    )
+
+
+def test_verbs_named_in_a_sentence_exist():
+    for document in DOCUMENTS:
+        for verb in re.findall(r"`(?:\.venv/bin/)?python -m trainer ([a-z-]+)", document.read_text()):
+            assert verb in VERBS, f"{document.name}: no verb {verb}"
+
+
+def test_the_mistakes_that_a_document_shows_are_told_as_it_shows_them(capsys):
+    shown = 0
+    for document in DOCUMENTS:
+        for command, said in re.findall(r"\$ (python launch\.py [^\n]*)\n(.*?)^ *```", document.read_text(), re.S | re.M):
+            report(ConfigError(*problems_of(command, Path())))
+            told = capsys.readouterr().err
+            assert [line.strip() for line in said.split("\n") if line.strip()] == [
+                line.strip() for line in told.split("\n") if line.strip()
+            ]
+            shown += 1
+    assert shown
+
+
+def test_benchmarks_that_are_named_exist():
+    import benchmarks.rows
+    from benchmarks.table import ROWS
+
+    for module in iter_modules(benchmarks.rows.__path__):
+        import_module(f"benchmarks.rows.{module.name}")
+    for document in DOCUMENTS:
+        for line in re.findall(r"^(?:\S*/)?python -m benchmarks([^#\n]*)", document.read_text(), re.MULTILINE):
+            words = re.sub(r"--json \S+|--quick", "", line).split()
+            assert set(words) <= set(ROWS), f"{document.name}: there is no row {words}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
@@ -79,7 +197,7 @@ def test_settings_named_in_tables_exist():
     for document in DOCUMENTS:
         for key in re.findall(r"`([a-z_]+\.[a-z_.]+)(?:=[^`]*)?`", document.read_text()):
             if key.split(".")[0] in {k.split(".")[0] for k in keys} and not key.endswith(
-                (".py", ".md", ".yaml", ".jsonl", ".safetensors", ".")
+                (".py", ".md", ".yaml", ".jsonl", ".safetensors", ".onnx", ".pt", ".pt2", ".")
             ):
                 assert key in keys, f"{document.name}: there is no {key}"
 
@@ -96,8 +214,10 @@ def known_keys() -> set[str]:
 
     choices = [[], ["model=timm", "model.name=vit_tiny_patch16_224"], ["optimizer=sgd"], ["optimizer=timm", "optimizer.name=lamb"], ["dataset=image_folder"], ["dataset=coco"], ["task=part_discovery"],
                ["dataset=waterbirds"], ["dataset=cub"], ["dataset=siim_acr"],
+               ["task=detection"], ["model=mit_b0"], ["augmentation=boxes"],
                ["dataset=webdataset"], *([f"scheduler={p.stem}"] for p in (ROOT / "conf" / "scheduler").glob("*.yaml")),
-               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml"))]  # fmt: skip
+               *([f"augmentation={p.stem}"] for p in (ROOT / "conf" / "augmentation").glob("*.yaml")),
+               *([f"task={p.stem}"] for p in (ROOT / "conf" / "task").glob("*.yaml"))]  # fmt: skip
     found: set[str] = set()
     for overrides in choices:
         run, _ = checked(compose(overrides))

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_exact import MODELS, SHORT, assert_same_run, last, run, stop_after
 from trainer.errors import ConfigError, Stopped
@@ -40,19 +41,22 @@ def test_an_extension_that_is_stopped_goes_on_by_either_command(tmp_path, monkey
     directory = run_directory(first)
     for path in (directory, tmp_path / "unbroken"):
         train(first, RunDirectory(path))
-    assert extend.main([str(tmp_path / "unbroken"), "loop.steps=14", "optimizer.lr=1e-4"]) == 0
-    for step, go_on in ((10, lambda: dispatch(compose_run(*command))), (12, lambda: extend.main([str(directory), "loop.steps=14"]))):
+
+    def extended(path: Path = directory) -> int:
+        return extend.main([str(path), "loop.steps=14", "optimizer.lr=1e-4"])
+
+    assert extended(tmp_path / "unbroken") == 0
+    for step, go_on in (
+        (10, extended),
+        (11, lambda: dispatch(compose_run(*command))),
+        (12, lambda: extend.main([str(directory), "loop.steps=14"])),
+    ):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             with pytest.raises(Stopped):
-                extend.main([str(directory), "loop.steps=14", "optimizer.lr=1e-4"])
-        if step == 12:
-            assert go_on() == 0
-        else:
-            with monkeypatch.context() as patch, pytest.raises(Stopped):
-                stop_after(patch, 11)
                 go_on()
-            assert "was extended since" in capsys.readouterr().out
+        assert ("was extended since" in capsys.readouterr().out) == (step == 11)
+    assert extended() == 0
     assert last(directory)["step"] == 14 and len(RunDirectory(directory).extensions()) == 1
     assert_same_run(tmp_path / "unbroken", directory)
     assert dispatch(compose_run(*command)) == 0, "and then says that it is done"
@@ -74,7 +78,7 @@ REFUSED = {
     "the optimizer's memory": (["loop.epochs=5", "optimizer.weight_decay=0.5"], "optimizer.weight_decay=0.5: an extended run stays"),
     "another place": (["loop.epochs=5", "version=b"], "version=b: the run stays where it is"),
     "no key": (["loop.epoch=5"], "loop.epoch=5: there is no such key\n    try: loop.epochs=5"),
-    "a schedule that does not fit": (["loop.steps=12", "scheduler.warmup_steps=12"], "scheduler.warmup_steps=12"),
+    "a schedule that does not fit": (["loop.steps=12", "scheduler.warmup_steps=13"], "scheduler.warmup_steps=13"),
 }
 
 
@@ -108,6 +112,20 @@ def test_one_writer(done):
     finally:
         lock.release()
     assert not RunDirectory(done).extensions()
+
+
+def test_the_best_is_of_one_metric_and_the_end_that_was_chosen(tmp_path):
+    """Of an error, less is better; unless somebody says otherwise."""
+    for mode, choose in (("min", min), ("max", max)):
+        result = run(tmp_path / mode, *VIT, "loop.best_metric=val/loss", f"loop.best_mode={mode}")
+        losses = {row["step"]: row["val/loss"] for row in result["history"]}
+        assert (result["metric"], result["mode"], result["best"]["step"]) == (
+            "val/loss",
+            mode,
+            choose(losses, key=lambda step: losses[step]),
+        )
+        best = torch.load(tmp_path / mode / "checkpoints" / "best.pt", weights_only=True)
+        assert best["step"] == result["best"]["step"] and best["config"]["loop"]["best_mode"] == mode, "hyper-parameters are in it"
 
 
 # --- clean --------------------------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ LAYERS = tuple(
     set(layer.split())
     for layer in (
         "errors",
-        "config random schedule task files surroundings identity resample compiling pretrained dinov2 probe lr_curve",
+        "config random schedule task files surroundings identity resample compiling pretrained probe lr_curve small_resnet dinov2",
         "lock rundir environment vote watchdog rendezvous distributed signals log data validation",
         "checkpoint ema adamw optim models pyramid mit fusion update state evaluation weights inference debug parts labels",
         "engine",
-        "build feeds stages lr_finder recorder run evaluate predict export",
+        "build feeds stages lr_finder batch_finder recorder run evaluate export knn",
         "sweep",
         "launch __main__",
     )
@@ -33,6 +33,8 @@ TORCH_FREE = (
     "launch", "tasks", "trainer", "trainer.config", "trainer.errors", "trainer.schedule", "trainer.rundir", "trainer.signals", "trainer.files",
     "trainer.log", "trainer.validation", "trainer.launch.door", "trainer.launch.dispatch", "trainer.launch.help", "trainer.data.config",
     "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__", "trainer.sweep.manifest",
+    "trainer.sweep.status", "trainer.sweep.report", "trainer.sweep.diff", "trainer.sweep.reproduce", "trainer.sweep.sync",
+    "trainer.launch.evaluate", "trainer.launch.predict", "trainer.launch.export", "trainer.launch.extend", "trainer.launch.clean",
 )  # fmt: skip
 """What is imported before a run starts: composing, checking and submitting 500 jobs must not wait for torch."""
 

@@ -214,6 +214,7 @@ def test_two_jobs_one_after_the_other(launch, tmp_path):
     """Hydra's own launcher; a job that is finished already is not run again."""
     arguments = (
         "-m",
+        "hydra/launcher=basic",
         "seed=1,2",
         "debug=tiny",
         "runs_dir=here",

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import assert_same_run, last
+from trainer import load_model
+from trainer.launch import evaluate, export
 from trainer.launch.compose import CONF, compose_run
 from trainer.run import train
+from trainer.rundir import RunDirectory
 
 LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "loop.log_every=1", "loop.progress=none", "logger.plots=false",
           "loop.max_validation_batches=2", "loop.max_reference_images=32", "loop.checkpoint_every_steps=1", "dataset.num_workers=1",
@@ -22,6 +26,8 @@ SMALL: dict[str, list[str]] = {  # a task's own way of being small; all its feat
                        "task.threshold_quantile=0.05"],
     "classification": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "augmentation.mixup=0.2"],
     "detection": ["model=timm", "model.name=test_convnext", "dataset.image_size=64", "dataset.num_val=17", "task.width=32", "task.score_threshold=0"],
+    "dino": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "task.method=dinov2", "task.out_dim=32",
+             "task.hidden_dim=32", "task.bottleneck_dim=16", "augmentation.local_crops=2"],
     "kd": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=32", "task.teacher_model=test_resnet",
            "task.feature_weight=1", "augmentation.mixup=0.2", "loop.ema_decay=0.9"],
     "mim": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "loop.ema_decay=0.9"],
@@ -64,3 +70,17 @@ def test_every_task_on_one_rank_sees_and_measures_what_two_do(task: str, tmp_pat
     for name, value in scores[0].items():
         if name.startswith("val/") and "seconds" not in name:
             assert scores[1][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_measured_again_as_it_was(task: str, tmp_path: Path):
+    """`python -m trainer evaluate` builds it from its run directory and gives the scores of its last validation, from the checkpoint alone."""
+    overrides = [*ready(task, tmp_path), "loop.epochs=1"]
+    last_scores = train(compose_run(*overrides), RunDirectory(tmp_path / "run"))["last"]
+    assert evaluate.main([str(tmp_path / "run"), "checkpoint=last", "loop.max_validation_batches=2", "--name", "again"]) == 0
+    again = json.loads((tmp_path / "run" / "evaluations" / "again" / "scores.json").read_text())
+    timeless = lambda scores: {k: v for k, v in scores.items() if k.startswith("val/") and "seconds" not in k}  # noqa: E731
+    assert timeless(again) == pytest.approx(timeless(last_scores), rel=1e-6, nan_ok=True)
+    model: Any = load_model(tmp_path / "run", checkpoint="last")
+    assert callable(model.transform) and model.classes is not None
+    assert export.main([str(tmp_path / "run"), "checkpoint=last"]) == 0, "its weights in a file, with the outputs of the original"

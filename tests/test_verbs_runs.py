@@ -160,7 +160,8 @@ def test_views_of_an_image_are_averaged(views, trained, truth, tmp_path):
 def test_every_label_that_is_right_counts(trained, truth, tmp_path):
     directory = copied(trained, tmp_path)
     labels, probabilities = truth
-    names = [compose_run(*NETWORK).dataset.build("val").name(i) for i in range(len(labels))]
+    source = compose_run(*NETWORK).dataset.build("val")
+    names = [source.name(i) for i in range(len(labels))]
     right = {Path(name).name: [] if i % 3 == 0 else ["3", int(label)] for i, (name, label) in enumerate(zip(names, labels, strict=True))}
     (tmp_path / "real.json").write_text(json.dumps(right))
     scores, _ = measured(directory, f"real_labels={tmp_path / 'real.json'}")
@@ -219,7 +220,7 @@ def test_a_directory_that_is_no_run_or_has_no_weights(verb, trained, tmp_path):
         verb([str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match=f"no such directory\n    try: .*{trained.name}"):
         verb([str(trained)[:-1] + "1"])
-    with pytest.raises(ConfigError, match="holds no config.yaml, so it is not a run"):
+    with pytest.raises(ConfigError, match=r"holds no config\.yaml, so it is not a run"):
         verb([str(tmp_path)])
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -282,7 +283,7 @@ def test_folders_with_nothing_to_see(trained, tmp_path):
     with pytest.raises(ConfigError, match="holds no images"):
         predict.main([str(trained), str(tmp_path / "empty")])
     (tmp_path / "empty" / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="(?s)none of the 1 images .*the file is empty") as caught:
+    with pytest.raises(DataError, match=r"(?s)none of the 1 images .*the file is empty") as caught:
         predict.main([str(trained), str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
     assert caught.value.exit_code == 3
 

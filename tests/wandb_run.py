@@ -17,7 +17,7 @@ from typing import Any
 from tasks.classification.config import ClassificationConfig
 from trainer.config import LoggerConfig, RunConfig
 from trainer.config.logger import WandbConfig, WandbMode
-from trainer.errors import Stopped
+from trainer.errors import Diverged, Stopped
 from trainer.log import Journal, open_journal
 from trainer.log.wandb_sink import children
 
@@ -51,6 +51,8 @@ def main(directory: Path, options: dict[str, Any]) -> None:
             freeze_service()
         if ending == "stopped":
             raise Stopped("told to")
+        if ending == "failed":
+            raise Diverged("the loss was not finite")
         print(f"closing at {time.monotonic()}", flush=True)
     print(f"closed at {time.monotonic()}", flush=True)
 

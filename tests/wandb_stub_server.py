@@ -27,6 +27,7 @@ class StubServer:
         self.history: dict[str, list[dict[str, Any]]] = {}  # by id: rows in the order they came
         self.exits: dict[str, int] = {}  # by id
         self.uploads: list[str] = []
+        self.views: list[dict[str, Any]] = []  # saved reports: the variables of each upsert
         self.server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"stub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.released = threading.Event()
@@ -58,7 +59,7 @@ class StubServer:
             inserted = run not in self.runs
             self.runs[run] = {**self.runs.get(run, {}), **{key: value for key, value in variables.items() if value is not None}}
             return {"upsertBucket": {"bucket": self.bucket(run) | {"project": project}, "inserted": inserted}}
-        if name == "Viewer":
+        if name in ("Viewer", "GetDefaultEntity"):
             teams = {"edges": []}
             return {"viewer": {"id": "dQ==", "entity": "ent", "username": "u", "email": "u@x", "flags": "{}", "teams": teams}}
         if name == "ServerInfo":
@@ -71,6 +72,29 @@ class StubServer:
         if "RunResumeStatus" in name:
             run = variables.get("name", "")
             return {"model": project | {"bucket": self.bucket(run) if run in self.runs else None}}
+        if name == "ProjectInternalId":
+            return {"project": {"id": "cA==", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ=="}}
+        if "rojects" in name:  # what lists them
+            node = {
+                "node": {
+                    "__typename": "Project",
+                    "id": "cA==",
+                    "internalId": "1",
+                    "name": "birds",
+                    "entityName": "ent",
+                    "createdAt": "2026-01-01T00:00:00Z",
+                    "isBenchmark": False,
+                    "user": None,
+                },
+                "cursor": "0",
+            }
+            return {"models": {"edges": [node], "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+        if "pload" not in name and "iew" in name and "spec" in variables:
+            self.views.append(variables)
+            view = {"id": variables.get("id") or "VmlldzoxMjM=", "name": variables["name"], "displayName": variables["displayName"], "description": variables["description"], "type": "runs",
+                    "project": {"id": "cA==", "name": variables["projectName"], "entityName": variables["entityName"]}, "spec": variables["spec"], "createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z",
+                    "user": {"id": "dQ==", "username": "u", "name": "u", "photoUrl": None, "userInfo": {}}, "entityName": "ent", "previewUrl": None, "locked": False, "viewCount": 0}  # fmt: skip
+            return {"upsertView": {"view": view, "inserted": True}}
         if "RunStoppedStatus" in name:
             return {"project": {"run": {"stopped": False}}}
         return {}

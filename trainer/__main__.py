@@ -16,6 +16,7 @@ from trainer.launch.door import guarded
 VERBS = {  # verb -> (module:function, what it does)
     "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),
     "validate": ("trainer.launch.check:main", "OVERRIDES: everything that is wrong with a run, without starting it"),
+    "plan": ("trainer.launch.plan:main", "OVERRIDES: a sweep without starting it: its jobs, GPU hours and disk"),
     "resume": ("trainer.sweep.verbs:resume", "DIR [JOB ...]: start what is left of a sweep, or go on with a run"),
     "retry": ("trainer.sweep.verbs:retry", "SWEEP [JOB ...]: start again what failed, as the cause allows"),
     "cancel": ("trainer.sweep.verbs:cancel", "DIR [JOB ...]: stop queued and running jobs of a sweep, or a run"),
@@ -24,15 +25,21 @@ VERBS = {  # verb -> (module:function, what it does)
         "PATH ...: how the jobs of a sweep are doing, live: state, step, time left, metric, why it failed",
     ),
     "report": ("trainer.sweep.report:main", "PATH ...: the table over seeds of a sweep or of any runs: report.{md,csv,tex,json,html}"),
-    "diff": ("trainer.sweep.diff:main", "A B: what differs between two runs: configuration, code, environment, metrics"),
+    "diff": ("trainer.sweep.diff:main", "A B: what differs between two runs or two sweeps: configuration, code, environment, results"),
     "reproduce": (
         "trainer.sweep.reproduce:main",
         "RUN_DIR: the same run again from its own config.yaml, and how far its metrics are from the first",
     ),
+    "dashboard": (
+        "trainer.sweep.dashboard:main",
+        "SWEEP: a saved report in W&B: curves with bands over seeds, parallel coordinates, the table",
+    ),
+    "sync": ("trainer.sweep.sync:main", "[PATH ...]: upload to W&B what it could not be told while the runs went"),
     "evaluate": (
         "trainer.launch.evaluate:main",
         "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's network measured as in validation, on these or other data",
     ),
+    "knn": ("trainer.launch.knn:main", "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's features judged by nearest neighbours"),
     "predict": (
         "trainer.launch.predict:main",
         "RUN_DIR FOLDER [checkpoint=best]: what a run's network finds in images, as a table and a contact sheet",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trainer import models
-from trainer.compiling import compile_in_place
+from trainer.compiling import compile_in_place, regions
 from trainer.config import RunConfig, stage_runs
 from trainer.data.order import Order
 from trainer.data.source import Source, Subset, fingerprints
@@ -121,7 +121,8 @@ def build_task(run: RunConfig, data: Data, device: torch.device, world_size: int
     task = task.to(device)
     if run.loop.compile:
         for part in task.compiled_parts():
-            compile_in_place(part, run.loop.compile_mode)
+            for module in (regions(part) if run.loop.compile_regions else ()) or (part,):
+                compile_in_place(module, run.loop.compile_mode, fullgraph=run.loop.compile_fullgraph)
     return task
 
 

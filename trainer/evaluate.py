@@ -77,7 +77,7 @@ def evaluate(run: RunConfig, directory: RunDirectory, question: Question, out: P
             if scores is None:
                 raise stop_error(engine.stop_reason, out)
             answer = {
-                "run": str(directory.path), **asdict(question), "step": saved.get("step"), "num_samples": len(source),
+                "run": str(directory.path), **asdict(question), "step": saved.get("step"), "num_samples": _count(run, world, len(source)),
                 "bad_samples": sum(world.gather(len(loader.bad.found))),
                 "data": source.fingerprint, "image_size": run.dataset.image_size, "seconds": round(time.perf_counter() - started, 3), **scores,
             }  # fmt: skip
@@ -102,11 +102,22 @@ def restrict(task: Task, text: str, classes: Sequence[str]) -> list[int]:
     return places
 
 
+def _count(run: RunConfig, world: World, size: int) -> int:
+    """How many samples are looked at, where there is a limit on batches too."""
+    most = run.loop.max_validation_batches
+    return size if most is None else min(size, most * _share(run, world) * world.size)
+
+
+def _share(run: RunConfig, world: World) -> int:
+    """Images of a rank's batch."""
+    return max(1, run.loop.batch_size // (world.size * run.loop.accumulate))
+
+
 def _loader(run: RunConfig, task: Task, source: Source, world: World, max_batches: int | None = None) -> Loader:
     cfg = run.dataset
     return validation_loader(
         source, task.augmentation(train=False) or run.augmentation.build(cfg, train=False), world, seed=run.seed,
-        batch_size=max(1, run.loop.batch_size // (world.size * run.loop.accumulate)), max_batches=max_batches,
+        batch_size=_share(run, world), max_batches=max_batches,
         workers=worker_count(cfg.num_workers, world.local_size, world.device), prefetch=cfg.prefetch, timeout=cfg.worker_timeout,
         max_bad_samples=cfg.max_bad_samples, num_classes=len(source.classes) or None,
     )  # fmt: skip

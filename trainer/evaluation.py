@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.probe import knn_scores
 from trainer.task import Batch
+
+Rows = tuple[Tensor, Tensor, Tensor]
+"""Places in the dataset int64 [N], features float32 [N, D], labels int64 [N]."""
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -31,17 +34,6 @@ def all_cat(x: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count.item())] for part, count in zip(parts, counts, strict=True)])
-
-
-def scores_of_logits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy, and whether the label is the best and among the best five, of each image, [N] each."""
-    logits = logits.float()  # [N, C]
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)  # [N, 5]
-    return {
-        "loss": F.cross_entropy(logits, labels, reduction="none"),
-        "top1": hits[:, 0].float(),
-        "top5": hits.any(1).float(),
-    }
 
 
 class Mean:
@@ -82,6 +74,49 @@ class Mean:
         if self.table is None:
             return torch.zeros(0, dtype=torch.float64)
         return self.table[:, ["index", *self.names].index(name)]
+
+
+class Neighbours:
+    """How often the nearest training images of an image agree with it in class, exact over ranks.
+
+    Fill it with features of images whose class is known and of those that are asked about, in any shares and any order.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.known: list[Rows] = []
+        self.asked: list[Rows] = []
+
+    def remember(self, index: Tensor, features: Tensor, labels: Tensor) -> None:
+        self.known.append((index, features.float(), labels))
+
+    def ask(self, index: Tensor, features: Tensor, labels: Tensor) -> None:
+        self.asked.append((index, features.float(), labels))
+
+    def accuracy(self, *neighbours: int, temperature: float = 0.07) -> list[float] | None:
+        """Share of the asked images that are told right by so many neighbours, for each number; None where nobody knows anything.
+        Collective."""
+        (bank, bank_labels), (queries, labels) = _everybodys(self.known), _everybodys(self.asked)
+        if not len(bank) or not len(queries):
+            return None
+        votes = (knn_scores(bank, bank_labels, queries, self.num_classes, k=k, temperature=temperature) for k in neighbours)
+        return [(v.argmax(1) == labels).double().mean().item() for v in votes]
+
+
+def _everybodys(rows: list[Rows]) -> tuple[Tensor, Tensor]:
+    """Features and labels of all ranks in the order of the dataset, so that no number of ranks changes the answer."""
+    width = rows[0][1].shape[1] if rows else 0
+    if dist.is_initialized():  # a rank whose share was empty still has to take part
+        widths: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(widths, width)
+        width = max(widths)
+    none = torch.zeros(0, dtype=torch.int64, device=_device() if dist.is_initialized() else torch.device("cpu"))
+    mine = (
+        [torch.cat(column) for column in zip(*rows, strict=True)] if rows else [none, none.new_zeros(0, width, dtype=torch.float32), none]
+    )
+    index, features, labels = (all_cat(column) for column in mine)
+    order = index.argsort(stable=True)
+    return features[order], labels[order]
 
 
 def _device() -> torch.device:

@@ -97,7 +97,9 @@ def sweep(
         close(sets)
         del engine
         gc.collect()  # DDP hangs on to its hooks by a circle
-    return listener.sweep, fresh_state(stage, task), 0 if listener.diverged else reason
+    fresh = fresh_state(stage, task)
+    fresh.accumulate = state.accumulate
+    return listener.sweep, fresh, 0 if listener.diverged else reason
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from trainer.errors import ConfigError, Problem
 from trainer.parts import heads
 
 if TYPE_CHECKING:
-    from trainer.config.optimizer import AdamW, Sgd, TimmOptimizer
+    from trainer.config.optimizer import AdamW, TimmOptimizer
+    from trainer.config.optimizer import Sgd as SgdConfig
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +174,21 @@ def build_adamw(cfg: AdamW, groups: list[dict[str, Any]]) -> Optimizer:
     return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps)
 
 
-def build_sgd(cfg: Sgd, groups: list[dict[str, Any]]) -> Optimizer:
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused_or_none(cfg, groups))
+def build_sgd(cfg: SgdConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    return Sgd(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused_or_none(cfg, groups))
+
+
+class Sgd(torch.optim.SGD):
+    """torch's, whose fused kernel wants a momentum of every parameter or of none: where some have their first gradient later
+    than others (a layer that a task lets rest at first), theirs begins at zero, which is what the first gradient is added to."""
+
+    def _init_group(self, group: Any, params: Any, grads: Any, momentum_buffer_list: list[Any]) -> bool:
+        sparse = super()._init_group(group, params, grads, momentum_buffer_list)  # pyright: ignore[reportAttributeAccessIssue]
+        missing = [i for i, momentum in enumerate(momentum_buffer_list) if momentum is None]
+        if 0 < len(missing) < len(momentum_buffer_list):
+            for i in missing:
+                momentum_buffer_list[i] = torch.zeros_like(params[i])
+        return sparse
 
 
 def fused_or_none(cfg: OptimizerConfig, groups: list[dict[str, Any]]) -> bool | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trainer import debug, lr_finder
+from trainer import batch_finder, debug, lr_finder
 from trainer.build import Data, best_metric, build_data
 from trainer.checkpoint import Writer, load, newest_good, save_safetensors, set_aside
 from trainer.config import Progressing, Resume, RunConfig
@@ -27,7 +27,7 @@ from trainer.log import Display, Journal, open_display, open_journal, open_log, 
 from trainer.recorder import Recorder
 from trainer.rundir import RunDirectory, run_directory
 from trainer.signals import StopSignals, stop_error
-from trainer.stages import Stage, begin, carry, stage_at, stages_of
+from trainer.stages import Stage, begin, carry, fresh_state, stage_at, stages_of
 from trainer.state import TrainState, portrait
 from trainer.task import Task
 from trainer.vote import StopVote
@@ -67,7 +67,7 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
     stages = stages_of(run, data)
     resumed = find_checkpoint(run, directory, world)
     stage = stage_at(stages, resumed["step"] if resumed else 0)
-    state = begin(stage, world)
+    stage, state = open_stage(stage, world, resumed.get("accumulate"))
     if resumed:
         state.load_state_dict(resumed)
     else:
@@ -112,12 +112,12 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
         )  # fmt: skip
         sets = loaders(stage.run, stage.data, state.task, world, state.step)
         reason = engine.fit(*sets)
-        if reason or stage is stages[-1]:
+        if reason or stage.number == stage.count:
             break
         close(sets)
         del engine  # and with it DDP's buffers
-        before, old, stage = stage, state, stages[stage.number]
-        state = begin(stage, world)
+        before, old = stage, state
+        stage, state = open_stage(stages[stage.number], world)
         carry(old, state, before, stage)
         del old
     if writer:
@@ -135,6 +135,21 @@ def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopS
         show_result(result, directory.path)
     world.barrier()
     return result
+
+
+def open_stage(stage: Stage, world: World, accumulate: int | None = None) -> tuple[Stage, TrainState]:
+    """A stage and its fresh state; in micro-batches as large as fit where that is asked for, or as a checkpoint has found them."""
+    state = begin(stage, world)
+    if not stage.run.loop.batch_finder:
+        return stage, state
+    if accumulate is None:
+        accumulate = batch_finder.fewest_micro_batches(stage, state, world)
+        state = fresh_state(stage, state.task)
+        images = stage.run.loop.batch_size // (world.size * accumulate)
+        if world.is_main:
+            print(f"micro-batches of {images} images fit: loop.accumulate={accumulate}", flush=True)
+    state.accumulate = accumulate
+    return stage.with_micro_batches(accumulate), state
 
 
 def stopped(reason: int, directory: RunDirectory, world: World) -> TrainyardError:
@@ -209,7 +224,7 @@ def set_backends(run: RunConfig) -> None:
     """Process-wide switches of torch."""
     torch.set_float32_matmul_precision("high" if run.precision.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = run.precision.tf32
-    torch.backends.cudnn.benchmark = not run.loop.deterministic
+    torch.backends.cudnn.benchmark = run.loop.cudnn_benchmark and not run.loop.deterministic
     torch.use_deterministic_algorithms(run.loop.deterministic)
 
 

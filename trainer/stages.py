@@ -79,6 +79,10 @@ class Stage:
         schedule = run.scheduler.build(steps, self.data.steps_per_epoch)
         return schedule if self.start == 0 else Later(schedule, self.start)
 
+    def with_micro_batches(self, count: int) -> Stage:
+        """The same stage, its batches cut up otherwise."""
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, loop=dataclasses.replace(self.run.loop, accumulate=count)))
+
     def portrait(self) -> RunConfig:
         """The config that rebuilds this stage's network from a lone checkpoint."""
         size = self.run.dataset.image_size

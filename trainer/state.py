@@ -32,6 +32,7 @@ class TrainState:
     skipped: int = 0  # steps left out for a gradient that was not finite
     best: dict[str, Any] | None = None  # {"step", "epoch", metric: value, ...} of the best validation
     validated: int = 0  # step of the last validation
+    accumulate: int | None = None  # micro-batches of a step, where they were found and not given
     lr_factor: float = 1.0  # on the config's learning rates, where a sweep has found another
     history: list[dict[str, Any]] = field(default_factory=list)  # one row per validation, for result.json
 
@@ -54,6 +55,7 @@ class TrainState:
             "best": self.best,
             "validated": self.validated,
             "history": list(self.history),
+            "accumulate": self.accumulate,
             "lr_factor": self.lr_factor,
         }
 
@@ -79,6 +81,7 @@ class TrainState:
         self.step, self.samples, self.seconds = saved["step"], saved["samples"], saved["seconds"]
         self.skipped, self.best, self.validated = saved["skipped"], saved["best"], saved["validated"]
         self.history = list(saved["history"])
+        self.accumulate = saved.get("accumulate")
         self.scale_rates(saved.get("lr_factor", 1.0))
 
 

@@ -112,7 +112,7 @@ def _config(arm: Mapping[str, Any], seed: int) -> str:
     content = json.loads(json.dumps(_composed)) | {"seed": seed, "version": f"s{seed}"}
     for key, value in arm.items():
         node = content
-        *groups, last = key.split(".")
+        *groups, last = (key if "." in key or not isinstance(content.get(key), dict) else f"{key}.name").split(".")
         for group in groups:
             node = node[group]
         node[last] = value

@@ -40,8 +40,15 @@ def engine(net: str, device: str = "cpu") -> Callable[[], float]:
 
 
 def prepare(model: torch.nn.Module, num_classes: int, overrides: list[str] | None = None) -> Callable[..., None]:
-    """`fit(batches, steps)`, which trains `model` for that many further steps."""
+    """`fit(batches, steps)`, which trains `model` as a classifier for that many further steps."""
+    from tasks.classification.config import ClassificationConfig
     from tasks.classification.task import Classification
+
+    return prepare_task(Classification(model, ClassificationConfig(), [str(c) for c in range(num_classes)]), overrides)
+
+
+def prepare_task(task: Any, overrides: list[str] | None = None) -> Callable[..., None]:
+    """`fit(batches, steps)`, which trains `task` for that many further steps."""
     from trainer.distributed import World
     from trainer.engine import Engine, Periods
     from trainer.log import open_display
@@ -50,8 +57,7 @@ def prepare(model: torch.nn.Module, num_classes: int, overrides: list[str] | Non
     from trainer.vote import StopVote
 
     parts = Surroundings(overrides or [])
-    run, world = parts.run, World(rank=0, size=1, local_rank=0, local_size=1, device=next(model.parameters()).device)
-    task: Any = Classification(model, run.task, [str(c) for c in range(num_classes)])  # type: ignore[arg-type]
+    run, world = parts.run, World(rank=0, size=1, local_rank=0, local_size=1, device=next(task.parameters()).device)
     state = build_state(run, task)
     periods = Periods(total=HORIZON, epoch=HORIZON, log=LOG_EVERY, validate=0, checkpoint=0)
 

@@ -29,7 +29,8 @@ def build(cfg: DinoConfig, run: RunConfig, data: DataInfo) -> Dino:
     views = run.augmentation.build(run.dataset, train=True)
     if cfg.parts.patch_weight:
         views = Masking(views, _grid(cfg, run, backbone), probability=cfg.mask_probability, ratio=cfg.mask_ratio)
-    return Dino(backbone, width, cfg, num_classes=len(data.classes), mean=run.dataset.mean, std=run.dataset.std, views=views)
+    labelled = "label" in run.dataset.offers
+    return Dino(backbone, width, cfg, num_classes=len(data.classes) * labelled, mean=run.dataset.mean, std=run.dataset.std, views=views)
 
 
 def build_backbone(run: RunConfig, channels: int) -> tuple[nn.Module, int]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from tasks.mim.pixels import triptych
-from trainer.evaluation import Mean, all_cat
-from trainer.probe import knn_scores
+from trainer.evaluation import Mean, Neighbours
 from trainer.task import Batch
 
 if TYPE_CHECKING:
@@ -49,37 +47,15 @@ class LabelledJudge(Judge):
 
     def __init__(self, task: Mim) -> None:
         super().__init__(task)
-        self.bank: list[tuple[Tensor, Tensor, Tensor]] = []  # index [N], features [N, D], labels [N]
-        self.queries: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.neighbours = Neighbours(task.num_classes)
 
     def reference(self, batch: Batch) -> None:
-        self.bank.append(self._seen(batch))
+        self.neighbours.remember(batch["index"], self.task.features(batch["image"]), batch["label"])
 
     def update(self, batch: Batch) -> None:
         super().update(batch)
-        self.queries.append(self._seen(batch))
-
-    def _seen(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return batch["index"], self.task.features(batch["image"]).float(), batch["label"]
+        self.neighbours.ask(batch["index"], self.task.features(batch["image"]), batch["label"])
 
     def compute(self) -> dict[str, float]:
-        scores = super().compute()
-        index, bank, labels = _gathered(self.bank, self.task)
-        if not scores or not len(index):  # nothing to validate on, or nobody to ask
-            return scores
-        order = index.argsort(stable=True)  # the same bank on any number of ranks
-        places, queries, truth = _gathered(self.queries, self.task)
-        votes = knn_scores(bank[order], labels[order], queries, self.task.num_classes, k=self.task.cfg.knn_neighbours)
-        hits = (votes.argmax(1) == truth)[places.argsort(stable=True)]
-        return {**scores, "knn_top1": hits.double().mean().item()}
-
-
-def _gathered(rows: list[tuple[Tensor, Tensor, Tensor]], task: Mim) -> tuple[Tensor, Tensor, Tensor]:
-    """Everybody's rows; a rank whose share was empty has none to give."""
-    none = torch.zeros(0, dtype=torch.int64, device=next(task.parameters()).device)
-    width = int(task.model.num_features)  # type: ignore[arg-type]
-    mine = (
-        [torch.cat(column) for column in zip(*rows, strict=True)] if rows else [none, none.new_zeros(0, width, dtype=torch.float32), none]
-    )
-    index, features, labels = (all_cat(column) for column in mine)
-    return index, features, labels
+        found = self.neighbours.accuracy(self.task.cfg.knn_neighbours)
+        return super().compute() | ({"knn_top1": found[0]} if found else {})

@@ -22,7 +22,6 @@ from trainer.config import ParamRule, RunConfig
 from trainer.errors import ConfigError, Problem
 from trainer.task import Batch, DataInfo, Evaluator, Progress, StepOutput, Task
 
-
 STAGES = ("stage_1", "stage_2")  # the terms that learn classes
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 from tasks.mim import masks
@@ -14,6 +16,8 @@ from tasks.mim.config import MimConfig
 from tasks.mim.pixels import to_images, to_patches
 from tests.tasks.transformers_names import MAE, SIMMIM_SWIN, SIMMIM_VIT, copy_weights, gradients
 from tests.test_exact import assert_same_run, stop_after
+from tests.thresholds import FILLS_IN
+from trainer import load_model
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, Stopped
 from trainer.launch.compose import checked, compose, compose_run
@@ -24,6 +28,8 @@ from trainer.task import DataInfo, Progress
 VIT = ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16"]
 SWIN = ["model=timm", "model.name=swin_tiny_patch4_window7_224", "model.patch_size=2", "dataset.image_size=32",
         "+model.args.embed_dim=16", "+model.args.depths=[2,2]", "+model.args.num_heads=[2,4]", "+model.args.window_size=4"]  # fmt: skip
+SHORT = ["loop.batch_size=16", "loop.samples_per_epoch=48", "loop.epochs=2", "loop.log_every=1", "loop.progress=none", "logger.plots=false",
+         "loop.max_validation_batches=2", "loop.max_reference_images=64", "dataset.num_workers=0"]  # fmt: skip
 INFO = DataInfo(num_train=8, num_val=8, classes=("a", "b"), channels=3, steps_per_epoch=1, total_steps=1)
 KEYS = torch.arange(40, 48) * 0x5DEECE66D
 START = Progress(0, 1, 1)
@@ -205,9 +211,7 @@ def test_filled_images_keep_what_was_visible():
     ],
 )
 def test_a_stopped_run_ends_in_the_same_bits(overrides, tmp_path, monkeypatch):
-    overrides = ["task=mim", *VIT, *overrides, "task.knn_neighbours=5", "loop.batch_size=16", "loop.samples_per_epoch=48", "loop.epochs=2",
-                 "loop.log_every=1", "loop.progress=none", "logger.plots=false", "loop.max_validation_batches=2", "loop.max_reference_images=64",
-                 "dataset.num_workers=0"]  # fmt: skip
+    overrides = ["task=mim", *VIT, *overrides, *SHORT, "task.knn_neighbours=5"]
     train(compose_run(*overrides), RunDirectory(tmp_path / "unbroken"))
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -217,6 +221,49 @@ def test_a_stopped_run_ends_in_the_same_bits(overrides, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
     assert {"val/loss", "val/knn_top1"} <= result["last"].keys()
     assert list((tmp_path / "broken" / "previews").rglob("*.png"))
+
+
+def test_it_learns_to_fill_in_digits(tmp_path):
+    result = train(
+        compose_run("task=mim", *VIT, *SHORT, "loop.epochs=null", "loop.steps=40", "loop.batch_size=64", "loop.samples_per_epoch=null",
+                    "loop.validate_every=null", "optimizer.lr=3e-3", "augmentation=none"),
+        RunDirectory(tmp_path),
+    )  # fmt: skip
+    assert result["last"]["val/loss"] < FILLS_IN
+
+
+@pytest.fixture(scope="module", params=["mae", "simmim"])
+def pretrained(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("pretrained") / "run"
+    train(compose_run("task=mim", *VIT, f"task.method={request.param}", *SHORT), RunDirectory(path))
+    return path
+
+
+def test_what_was_learnt_is_fine_tuned(pretrained, tmp_path, capsys):
+    """At another size too: positions are resampled, the head is drawn, the decoder stays behind."""
+    for size in (16, 32):
+        run = compose_run(
+            *VIT, f"dataset.image_size={size}", f"init_from={pretrained}", "optimizer.lr=1e-12", "optimizer.layer_decay=0.65", *SHORT
+        )
+        train(run, RunDirectory(tmp_path / str(size)))
+        said = capsys.readouterr().out
+        before, after = (torch.load(d / "checkpoints" / "last.pt", weights_only=True)["task"] for d in (pretrained, tmp_path / str(size)))
+        encoder = [name for name in after if name.startswith("model.") and not name.startswith("model.head")]
+        assert f"{len(encoder)} of {len(after)} tensors loaded" in said
+        assert ("pos_embed 1×17×64 -> 1×65×64" in said) == (size == 32), said
+        assert all(
+            torch.allclose(before[name], after[name], atol=1e-6)
+            for name in encoder
+            if name in before and (size == 16 or "pos_embed" not in name)
+        )
+
+
+def test_what_was_learnt_loads_into_plain_timm(pretrained):
+    plain = timm.create_model(
+        "test_vit", img_size=16, patch_size=4, num_classes=0, checkpoint_path=str(pretrained / "checkpoints" / "model.safetensors")
+    )
+    ours = load_model(pretrained, "last")
+    assert torch.equal(plain.eval()(images(16)), ours(images(16)))
 
 
 # --- what cannot work ----------------------------------------------------------------------------------------------------

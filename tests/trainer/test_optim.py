@@ -334,3 +334,15 @@ def test_weight_decay_of_zero_needs_one_group() -> None:
 def test_all_learning_rates_are_finite_for_deep_layer_decay() -> None:
     groups = parameter_groups(timm.create_model("vit_tiny_patch16_224"), adamw(layer_decay=0.01), 64)
     assert all(math.isfinite(g["lr"]) and g["lr"] > 0 for g in groups)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_sgd_takes_a_parameter_that_begins_later_than_others(fused):
+    """A task may let a layer rest at first; torch's fused kernel alone fails there."""
+    rests, moves = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = Sgd(lr=0.1, weight_decay=0.0, momentum=0.9, fused=fused).build([{"params": [rests, moves], "lr": 0.1, "weight_decay": 0.0}])
+    for step in range(3):
+        moves.grad, rests.grad = torch.ones(3), torch.ones(3) if step else None
+        optimizer.step()
+    torch.testing.assert_close(rests.data, torch.full((3,), 1 - 0.1 * (1 + 1.9)))
+    torch.testing.assert_close(moves.data, torch.full((3,), 1 - 0.1 * (1 + 1.9 + 2.71)))

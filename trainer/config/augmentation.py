@@ -33,6 +33,12 @@ class AugmentationConfig:
     val_crop: float = setting(
         help="validation: the shorter side is resized to image_size / val_crop, then the centre is cut out", gt=0, le=1
     )
+    shift: float = setting(
+        0.0,
+        "largest shift of the image either way, as a fraction of its side, the gap filled by reflection; the padded crop of CIFAR's recipes is 0.125",
+        ge=0,
+        lt=0.5,
+    )
     keep_aspect: bool = setting(True, "false: where there is no random crop, the whole image is squeezed into the square")
     interpolation: str = setting("bilinear", "filter that images are resized with", choices=["bilinear", "bicubic"])
     color_jitter: list[float] | None = setting(
@@ -182,6 +188,8 @@ class Cub(AugmentationConfig):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from ascending("augmentation.zoom", self.zoom)
+        if self.shift:
+            yield Problem("augmentation.shift", self.shift, "this one shifts by its own rule", "augmentation.translation=0.2")
 
     def build(self, dataset: DatasetConfig, *, train: bool) -> Augmentation:
         from trainer.data.augment.turned import Turned
@@ -213,7 +221,7 @@ class Dino(AugmentationConfig):
         yield from ascending("augmentation.local_scale", self.local_scale)
         if self.crop_scale is None:
             yield Problem("augmentation.crop_scale", None, "views are random crops", "augmentation.crop_scale=[0.4,1.0]")
-        for name in ("mixup", "cutmix", "erasing"):
+        for name in ("mixup", "cutmix", "erasing", "shift"):
             if getattr(self, name):
                 yield Problem(f"augmentation.{name}", getattr(self, name), "does not go with several views", f"augmentation.{name}=0")
 

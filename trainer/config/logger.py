@@ -29,6 +29,7 @@ class WandbConfig:
     tags: list[str] = setting([], "W&B tags", identity=False)
     resume_id: str | None = setting(None, "go on in this W&B run; null = the one of the run directory, or a new one", identity=False)
     watch: bool = setting(False, "wandb.watch: histograms of gradients and parameters (slow)", identity=False)
+    alert: bool = setting(True, "send a W&B alert where the run fails, with the reason", identity=False)
     timeout: float = setting(20.0, "seconds to wait for the server before going offline", gt=0, identity=False)
 
 

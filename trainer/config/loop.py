@@ -120,6 +120,20 @@ class LoopConfig:
         choices=["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
         identity=False,
     )
+    compile_regions: bool = setting(
+        False, "compile each of the network's repeated blocks instead of the whole: one compilation for all alike, in a fraction of the time", identity=False
+    )  # fmt: skip
+    compile_fullgraph: bool = setting(
+        False, "an error, instead of falling back or compiling in pieces, where the model is no single graph", identity=False
+    )
+    cudnn_benchmark: bool = setting(
+        True, "on GPUs, try cuDNN's algorithms for each new shape and keep the fastest (not with loop.deterministic)", identity=False
+    )
+    batch_finder: bool = setting(
+        False,
+        "before each stage, find the fewest micro-batches that fit into memory, from loop.accumulate on; the batch over all ranks stays",
+        identity=False,
+    )
     channels_last: bool = setting(False, "NHWC memory layout: faster convolutions on GPUs", identity=False)
     activation_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a third slower", identity=False
@@ -133,7 +147,10 @@ class LoopConfig:
     keep_checkpoints: int = setting(
         1, "how many numbered checkpoints (epoch-0010.pt) to keep beside last and best; 0 = none", ge=0, identity=False
     )
-    best_metric: str | None = setting(None, "validation metric that decides best.pt, as val/top1; null = the task's own")
+    best_metric: str | None = setting(
+        None,
+        "validation metric that decides best.pt, as val/top1, or train/loss, the mean since the validation before; null = the task's own",
+    )
     best_mode: str | None = setting(
         None,
         "which end of loop.best_metric is better; null = the task's own, or by its name: less of a loss or an error",
@@ -159,6 +176,7 @@ class LoopConfig:
     def problems(self) -> Iterator[Problem]:
         yield from self._averages()
         yield from self._finder()
+        yield from self._compilation()
         for i, pattern in enumerate(self.freeze):
             try:
                 re.compile(pattern)
@@ -181,6 +199,11 @@ class LoopConfig:
                 f"loop.validate_every={self.validate_every} is set too",
                 "loop.validate_every=null",
             )
+
+    def _compilation(self) -> Iterator[Problem]:
+        for key in ("compile_regions", "compile_fullgraph"):
+            if getattr(self, key) and not self.compile:
+                yield Problem(f"loop.{key}", True, "has no effect without loop.compile", "loop.compile=true")
 
     def _finder(self) -> Iterator[Problem]:
         if self.lr_finder_use is not None and not self.lr_finder:

@@ -150,3 +150,28 @@ class TorchvisionModel(ModelConfig):
         from trainer.pyramid import torchvision_pyramid
 
         return torchvision_pyramid(self, strides, image_size=image_size, in_channels=in_channels)
+
+
+@schema("model", "small_resnet")
+@dataclass
+class SmallResNet(ModelConfig):
+    """A residual network for small images, of this project's own."""
+
+    stem: int = setting(help="channels of the stem, which keeps the image's size", ge=1)
+    widths: list[int] = setting(help="channels of each stage; each halves the image's sides", ge=1)
+    blocks: list[int] = setting(help="residual blocks of each stage", ge=1)
+
+    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        from trainer.small_resnet import SmallResNet
+
+        channels = self.in_channels or in_channels
+        return SmallResNet(num_classes=num_classes, in_channels=channels, stem=self.stem, widths=self.widths, blocks=self.blocks)
+
+    def problems(self, at: str, image_size: int) -> Iterator[Problem]:
+        if len(self.widths) != len(self.blocks):
+            fix = f"{at}.blocks=[{','.join('2' for _ in self.widths)}]"
+            yield Problem(f"{at}.blocks", self.blocks, f"needs a number for each of {at}.widths ({len(self.widths)})", fix)
+        for name, off in (("pretrained", False), ("patch_size", None), ("args", {})):
+            if getattr(self, name) != off:
+                fix = f"{at}.{name}={'false' if off is False else 'null' if off is None else '{}'}"
+                yield Problem(f"{at}.{name}", getattr(self, name), "this network has none", fix)

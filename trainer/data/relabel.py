@@ -47,7 +47,10 @@ class Relabelled:
         labels = self.source.labels()
         return None if labels is None else self.place[labels]
 
-    def __getattr__(self, name: str) -> Any:  # name(), decode_hint() and whatever else a source may have
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def __getattr__(self, name: str) -> Any:  # decode_hint() and whatever else a source may have
         if name.startswith("__") or name == "source":  # being unpickled
             raise AttributeError(name)
         return getattr(self.source, name)
@@ -136,7 +139,7 @@ def real_labels(path: str, source: Source, classes: Sequence[str]) -> list[list[
         raise ConfigError(Problem("real_labels", path, f"names a class that the network does not know: {error}")) from error
 
 
-def _place(entry: Any, place: Mapping[str, int]) -> int:
+def _place(entry: Any, place: Mapping[Any, int]) -> int:
     if isinstance(entry, int) and 0 <= entry < len(place):
         return entry
     return place[entry]

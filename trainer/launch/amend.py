@@ -73,10 +73,11 @@ def amended(
             problems.append(Problem(key, override.get_value_string(), reason, "leave it out"))
     if problems:
         return None, {}, problems
-    fresh = compose([str(o.input_line) for o in choices], config_dir)
+    fresh = compose([str(o.input_line) for o in choices], config_dir) if choices else None
     tree: DictConfig = OmegaConf.structured(schemas("")["run"](**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)}))
-    composed = Composed(tree, fresh.hydra, problems=list(fresh.problems))
+    composed = Composed(tree, OmegaConf.create(), problems=list(fresh.problems) if fresh else [])
     for override in choices:
+        assert fresh is not None
         group = override.key_or_group
         tree[group] = fresh.tree[group]
         composed.given[group] = override.value()

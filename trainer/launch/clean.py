@@ -18,12 +18,16 @@ from trainer.rundir import RunDirectory
 KEPT = ("best.pt", "last.pt")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Delete, or with --dry-run only say what would be deleted; print how much space that is."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer clean", description="Delete old checkpoints of runs that are done.")
     parser.add_argument("directory", type=Path, nargs="+", help="a run, a sweep, or a folder of runs")
     parser.add_argument("--dry-run", action="store_true", help="say what would be deleted, and delete nothing")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Delete, or with --dry-run only say what would be deleted; print how much space that is."""
+    options = arguments().parse_intermixed_args(argv)
     found = [run for directory in options.directory for run in runs_below(directory)]
     freed, gone, left = 0, 0, 0
     for run in found:

@@ -105,11 +105,22 @@ def _enter(hydra_main: Callable[[], Any], argv: list[str]) -> int:
         return 0
     options = ("hydra_help", "cfg", "package", "shell_completion", "config_path", "config_name", "experimental_rerun", "info")
     if not any(getattr(args, name) for name in options):
-        if args.multirun or any(line.startswith(("hydra/launcher=", "hydra.launcher.")) for line in args.overrides):
+        if (
+            args.multirun
+            or any(line.startswith(("hydra/launcher=", "hydra.launcher.")) for line in args.overrides)
+            or _is_itself_a_sweep(args)
+        ):
             return _multirun(hydra_main, args, argv)
         if not _is_hydras(args.overrides):
             return _dispatch(checked_run(args.overrides, args.config_dir))
     return _hydras(hydra_main, args)
+
+
+def _is_itself_a_sweep(args: Namespace) -> bool:
+    """Whether an experiment has `hydra.sweeper.params`: Hydra would run one job of it, with none of them, and say nothing."""
+    if not any(line.lstrip("+").startswith("experiment=") for line in args.overrides):
+        return False
+    return bool(compose(args.overrides, args.config_dir).hydra.sweeper.get("params"))
 
 
 def _is_hydras(overrides: Sequence[str]) -> bool:

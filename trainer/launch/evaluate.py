@@ -21,8 +21,7 @@ OTHER_WEIGHTS = "the weights are those of the run's own"
 FIXED = {"task": OTHER_WEIGHTS, "model": OTHER_WEIGHTS, "model.*": OTHER_WEIGHTS, "seed": OTHER_WEIGHTS}
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure, print, and write `RUN_DIR/evaluations/<name>/`."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer evaluate",
         description="Measure a run's network as validation does: on other data, at another size, with the task's own settings.",
@@ -32,7 +31,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="group=choice and key=value, as for launch.py")
     parser.add_argument("--name", help="folder in RUN_DIR/evaluations (default: the checkpoint's name, and a hash of what differs)")
     parser.add_argument("--config-dir", help="a folder of your own YAML, laid out like conf/")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print, and write `RUN_DIR/evaluations/<name>/`."""
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best", split="val", classes="", real_labels="")
     if own["split"] not in ("train", "val"):

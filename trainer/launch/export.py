@@ -27,8 +27,7 @@ FORMATS = ("safetensors", "onnx", "torchscript", "pt2")
 CHECKED = 32  # real images that a file is compared with the original on
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write and check each file, then the card; print where they are and how far they are from the original."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer export", description="A run's network as a file for other programs.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
     parser.add_argument("overrides", nargs="*", help="checkpoint=best|last|…, dataset.image_size=… and others")
@@ -37,7 +36,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default: RUN_DIR/exports)")
     parser.add_argument("--images", type=Path, help="folder of images to check with (default: the run's validation images)")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write and check each file, then the card; print where they are and how far they are from the original."""
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best")
     kinds = list(dict.fromkeys(options.format.split(",")))
@@ -62,11 +66,14 @@ def write(directory: RunDirectory, run: RunConfig, checkpoint: str, kinds: Seque
     task, run, saved = load_task(directory.path, checkpoint, run)
     network: Any = dressed(task, run, saved)
     pixels = real_images(run, network.transform, saved["channels"], images)
+
+    def original(given: Tensor) -> Sequence[Tensor]:
+        with torch.inference_mode():
+            return tensors(network(network.transform(given)))
+
     metadata = describe(run, saved["classes"], saved["channels"])
     with torch.random.fork_rng(devices=[]):
-        with torch.inference_mode():
-            expected = tensors(network(network.transform(pixels)))
-        parcel = Parcel(network, lambda: load_task(directory.path, checkpoint, run)[0].network(), run, metadata, pixels, expected)
+        parcel = Parcel(task.network(), lambda: load_task(directory.path, checkpoint, run)[0].network(), run, metadata, pixels, original)
         files = {}
         for kind in kinds:
             path = out / f"model{FORMATS[kind].suffix}"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from trainer.config import Resume, RunConfig
+from trainer.config import Resume, RunConfig, stage_runs
 from trainer.errors import ConfigError, Problem
 from trainer.identity import differences
 from trainer.launch import diagnose
@@ -27,14 +27,18 @@ CHANGEABLE = (
 """What may differ after the extension, of the settings that change a result. The rest is what the checkpoint is made of."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write down the new length and train on."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer extend", description="Let a run that is done go on, in its own directory.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
     parser.add_argument(
         "overrides", nargs="+", help="loop.epochs=N or loop.steps=N, the new length in all; also scheduler=…, optimizer.lr=…"
     )
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write down the new length and train on."""
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     if not directory.has_checkpoint():
         raise ConfigError(
@@ -60,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if surroundings().is_main and differences(before, run):
         directory.record_extension(at_step=done, total_steps=total, overrides=list(options.overrides), time=time.time())
         directory.write_config(run)
+        directory.status("queued", total_steps=total)  # not finished any more, whoever asks
         print(f"from step {done} to {total}: the schedule is that of a run of {total} steps from here on")
     return run_in(run, directory)
 
@@ -80,4 +85,4 @@ def total_steps(run: RunConfig) -> int:
         return run.loop.steps
     num_train = run.dataset.facts().num_train
     assert num_train is not None, "data that are not known before they are read have loop.steps"
-    return (run.loop.epochs or run.loop.default_epochs) * steps_per_epoch(run, num_train)
+    return sum(stage.loop.num_epochs * steps_per_epoch(stage, num_train) for stage in stage_runs(run))

@@ -1,19 +1,16 @@
-"""The jobs of a sweep, from its command line: multiplied out, zipped, or read from a file; composed, typed and checked, all of them.
+"""The jobs of a sweep, from its command line: composed, typed and checked, all of them.
 
 Hydra would compose every job by itself, twice. Here it composes once for each set of choices. Imports no torch.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -21,17 +18,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import RunConfig
-from trainer.config.fields import as_override
 from trainer.config.launcher import LAUNCHERS, LauncherConfig, SlurmLauncherConfig
 from trainer.errors import ConfigError, Problem
+from trainer.launch.axes import expand, is_sweep, key_of
 from trainer.launch.compose import Composed, Composer, apply_to, checked, parse_line
+from trainer.launch.draw import drawn
+from trainer.launch.quick import Quick
 from trainer.launch.resolve import to_object
 from trainer.launch.resources import resources_for
 from trainer.rundir import run_directory
 from trainer.surroundings import as_if
 
 MOST_PROBLEMS = 20  # of a sweep; more would bury the first ones
-_ZIP, _FILE = "sweep.zip", "sweep.file"
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
     """
     with Composer(config_dir) as composer:
         own, lines = _partition(overrides)
+        lines, rows = drawn(lines, OverridesParser.create(config_loader=composer.loader))
         first = composer.compose([line for line in lines if not is_sweep(line)])
         chosen = first.hydra.runtime.choices
         if chosen["hydra/launcher"] not in LAUNCHERS or chosen["hydra/sweeper"] != "basic":
@@ -75,9 +74,10 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
         launcher, settings, problems = _launcher(first, own, composer)
         params = OmegaConf.to_container(first.hydra.sweeper.params or OmegaConf.create({})) if "params" in first.hydra.sweeper else {}
         assert isinstance(params, dict)
-        given = {parse_key(line) for line in lines}
+        given = {key_of(line) for line in lines}
         base, swept = expand([*(f"{key}={value}" for key, value in params.items() if key not in given), *lines], composer)
-        jobs, found = _checked_jobs(composer, base, swept, settings)
+        swept = [[*row, *job] for row in rows for job in swept]
+        jobs, found = checked_jobs(composer, base, swept, settings)
         problems += found
         run, _ = checked(composer.compose(base)) if base or not jobs else (jobs[0].run, [])
     if problems:
@@ -96,10 +96,10 @@ def _refuse_hydras(lines: Sequence[str]) -> None:
     """What Hydra does for its own launchers and would be ignored here without a word."""
     theirs = [line for line in lines if line.lstrip("+~").startswith(("hydra.", "hydra/"))]
     ours = ("hydra/launcher", "hydra/sweeper", "hydra.searchpath", "hydra.sweeper.params", "hydra.mode")
-    others = [line for line in theirs if not parse_key(line).startswith(ours)]
+    others = [line for line in theirs if not key_of(line).startswith(ours)]
     if others:
         reason = "is Hydra's, and jobs are started without Hydra here"
-        raise ConfigError(*(Problem(parse_key(o), o.partition("=")[2], reason, f"hydra/launcher=basic {o}") for o in others))
+        raise ConfigError(*(Problem(key_of(o), o.partition("=")[2], reason, f"hydra/launcher=basic {o}") for o in others))
 
 
 def _launcher(first: Composed, own: Sequence[str], composer: Composer) -> tuple[str, LauncherConfig, list[Problem]]:
@@ -127,130 +127,81 @@ def _example(key: str) -> str:
     return f"{key}=..."
 
 
-# Which jobs
-
-
-def is_sweep(line: str) -> bool:
-    """Whether this line stands for several jobs."""
-    try:
-        override = parse_line(line)
-    except HydraException:
-        return False
-    return parse_key(line) in (_ZIP, _FILE) or (override.is_sweep_override() and not override.is_hydra_override())
-
-
-def parse_key(line: str) -> str:
-    return line.partition("=")[0].lstrip("+~")
-
-
-def expand(lines: Sequence[str], composer: Composer) -> tuple[list[str], list[list[str]]]:
-    """What all jobs have in common, and what each has of its own."""
-    axes: dict[str, list[str]] = {}  # key -> the line of each value
-    base, problems = [], []
-    zipped: list[list[str]] = []
-    rows: list[list[str]] = [[]]
-    for line in lines:
-        key = parse_key(line)
-        if not is_sweep(line):
-            base.append(line)
-        elif key == _ZIP:
-            zipped += _zip_groups(line, problems)
-        elif key == _FILE:
-            rows = _rows(line.partition("=")[2], problems)
-        else:
-            axes[key] = _values(line, composer, problems)
-    dimensions = [[[line] for line in axes[key]] for key in axes if not any(key in group for group in zipped)]
-    dimensions += [_zipped(group, axes, problems) for group in zipped]
-    if problems:
-        raise ConfigError(*problems)
-    return base, [[*row, *itertools.chain(*job)] for row in rows for job in itertools.product(*dimensions)]
-
-
-def _values(line: str, composer: Composer, problems: list[Problem]) -> list[str]:
-    override = OverridesParser.create(config_loader=composer.loader).parse_override(line)
-    key = override.get_key_element()
-    if not override.is_discrete_sweep():
-        kind = str(override.get_value_string())
-        problems.append(Problem(key, kind, "is a range to be searched, which hydra/sweeper=basic cannot", f"{key}=<value>,<value>"))
-        return []
-    values = [f"{key}={value}" for value in override.sweep_string_iterator()]
-    if not values:
-        problems.append(Problem(key, line.partition("=")[2], "stands for no value at all", f"{key}=<value>,<value>"))
-    return values
-
-
-def _zip_groups(line: str, problems: list[Problem]) -> list[list[str]]:
-    """`+sweep.zip=[a,b]`, or `[[a,b],[c,d]]`."""
-    value = parse_line(line).value()
-    groups = value if isinstance(value, list) and value and all(isinstance(entry, list) for entry in value) else [value]
-    if not all(isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group) for group in groups):
-        problems.append(
-            Problem(_ZIP, line.partition("=")[2], "lists the swept keys that go together", "+sweep.zip=[optimizer.lr,loop.batch_size]")
-        )
-        return []
-    return groups  # type: ignore[return-value]
-
-
-def _zipped(group: list[str], axes: dict[str, list[str]], problems: list[Problem]) -> list[list[str]]:
-    missing = [key for key in group if key not in axes]
-    for key in missing:
-        problems.append(Problem(_ZIP, key, "is not swept, so there is nothing to go with the others", f"{key}=<value>,<value>"))
-    lengths = {key: len(axes[key]) for key in group if key not in missing}
-    if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} has {n}" for key, n in lengths.items())
-        problems.append(Problem(_ZIP, "[" + ",".join(group) + "]", f"needs as many values of each: {told}"))
-    return [] if missing else [list(job) for job in zip(*(axes[key] for key in group))]
-
-
-def _rows(name: str, problems: list[Problem]) -> list[list[str]]:
-    """Jobs from a file: a YAML list of mappings or of lists of overrides, or a CSV whose header has the keys."""
-    path = Path(name.strip("'\"")).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".csv":
-            return [
-                [f"{key.strip()}={value.strip()}" for key, value in row.items() if value and value.strip()]
-                for row in csv.DictReader(text.splitlines())
-            ]
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(Problem(_FILE, name, f"cannot be read: {error}".splitlines()[0]))
-        return []
-    if not isinstance(content, list) or not content or not all(isinstance(entry, dict | list | str) for entry in content):
-        problems.append(Problem(_FILE, name, "is no list of jobs: each is a mapping {optimizer.lr: 0.1, seed: 1} or a list of overrides"))
-        return []
-    return [
-        [f"{key}={as_override(value)}" for key, value in entry.items()] if isinstance(entry, dict) else [entry] if isinstance(entry, str) else list(map(str, entry))
-        for entry in content
-    ]  # fmt: skip
-
-
 # Whether they are sound
 
 
-def _checked_jobs(
+def checked_jobs(
     composer: Composer, base: list[str], swept: list[list[str]], settings: LauncherConfig
 ) -> tuple[list[Planned], list[Problem]]:
+    """The jobs with these lines of their own, and what is wrong with them."""
     jobs: list[Planned] = []
     found: dict[tuple[str, str, str], tuple[Problem, list[int]]] = {}
+    workshop = _Workshop(composer, base, settings)
     for index, own in enumerate(swept):
-        try:
-            composed = composer.compose([*base, *own])
-            resources = resources_for(composed, settings)
-            with as_if(_ranks(settings, resources)):
-                run, problems = checked(composed)
-        except ConfigError as error:
-            run, problems, resources = None, [p for p in error.problems if isinstance(p, Problem)], {}
+        job, problems = workshop.made(own)
         for problem in problems:
             found.setdefault((problem.key, str(problem.value), problem.reason), (problem, []))[1].append(index)
-        if run is not None:
-            jobs.append(Planned(own, _group(own), run, resources))
+        if job is not None:
+            jobs.append(job)
         if len(found) >= MOST_PROBLEMS:
             break
     return jobs, [_located(problem, indices, swept) for problem, indices in found.values()]
 
 
-def _ranks(settings: LauncherConfig, resources: dict[str, Any]) -> int | None:
+class _Workshop:
+    """Makes jobs, the quick way where it can."""
+
+    def __init__(self, composer: Composer, base: list[str], settings: LauncherConfig) -> None:
+        self._composer, self._base, self._settings = composer, base, settings
+        self._quick: dict[tuple[str, ...], Quick | None] = {}  # by the choices of a job; None where there is no quick way
+
+    def made(self, own: list[str]) -> tuple[Planned | None, list[Problem]]:
+        """A job, where it could be made, and everything wrong with it."""
+        return self._quickly(own) or self._at_length(own)
+
+    def _quickly(self, own: list[str]) -> tuple[Planned, list[Problem]] | None:
+        """None where there is something wrong, or something that is not plain."""
+        from trainer.validation import problems_of
+
+        try:
+            overrides = {line: parse_line(line) for line in own}
+        except HydraException:
+            return None
+        choices = tuple(
+            line for line in own if not isinstance(overrides[line].value(), int | float) and "." not in overrides[line].key_or_group
+        )
+        if choices not in self._quick:
+            self._quick[choices] = self._started(choices)
+        quick = self._quick[choices]
+        if quick is None:
+            return None
+        with quick.applied([override for line, override in overrides.items() if line not in choices]) as run:
+            if run is None:
+                return None
+            resources = resources_for(quick.composed, self._settings)
+            with as_if(ranks_of(self._settings, resources)):
+                return None if any(problems_of(run)) else (Planned(own, _group(own), run, resources), [])
+
+    def _started(self, choices: Sequence[str]) -> Quick | None:
+        try:
+            composed = self._composer.compose([*self._base, *choices])
+            run, problems = checked(composed)
+        except ConfigError:
+            return None
+        return None if problems or run is None else Quick(composed, run)
+
+    def _at_length(self, own: list[str]) -> tuple[Planned | None, list[Problem]]:
+        try:
+            composed = self._composer.compose([*self._base, *own])
+            resources = resources_for(composed, self._settings)
+            with as_if(ranks_of(self._settings, resources)):
+                run, problems = checked(composed)
+        except ConfigError as error:
+            return None, [p for p in error.problems if isinstance(p, Problem)]
+        return None if run is None else Planned(own, _group(own), run, resources), problems
+
+
+def ranks_of(settings: LauncherConfig, resources: dict[str, Any]) -> int | None:
     """Processes of one job; None where it is the host's affair."""
     if not isinstance(settings, SlurmLauncherConfig):
         return getattr(settings, "gpus_per_job", None) or None

@@ -14,7 +14,7 @@ from typing import Any
 from trainer.config import Resume, RunConfig
 from trainer.config.launcher import LauncherConfig, SlurmLauncherConfig
 from trainer.errors import ConfigError, Problem
-from trainer.launch.jobs import Plan
+from trainer.launch.jobs import Plan, Planned
 from trainer.rundir import RunDirectory, run_directory
 from trainer.sweep.drive import CODE, drive
 from trainer.sweep.manifest import Job, Manifest, new_directory, relative_directory
@@ -50,19 +50,27 @@ def write_down(plan: Plan, argv: Sequence[str]) -> Manifest:
         from trainer.sweep.snapshot import take
 
         take(path / CODE)
-    for index, planned in enumerate(plan.jobs):
+    append(manifest, plan.jobs)
+    return manifest
+
+
+def append(manifest: Manifest, jobs: Sequence[Planned]) -> list[Job]:
+    """Add jobs to a manifest, their config.yaml first."""
+    added = []
+    for planned in jobs:
         run = in_sweep(planned.run, manifest.sweep)
         directory = RunDirectory(run_directory(run))
-        job = Job(index, planned.overrides, planned.group, run.seed, relative_directory(directory.path, manifest.root))
-        job.resources = planned.resources
+        place = relative_directory(directory.path, manifest.root)
+        job = Job(len(manifest.jobs), planned.overrides, planned.group, run.seed, place, resources=planned.resources)
         if directory.is_finished():
             job.state = "completed"
         else:
-            directory.write_config(run)
-            directory.status("queued", reason=None, job_id=None, sweep=os.path.relpath(path.absolute(), directory.path.absolute()))
+            directory.write_config(run, durable=False)
+            directory.status("queued", reason=None, job_id=None, sweep=os.path.relpath(manifest.path.absolute(), directory.path.absolute()))
         manifest.jobs.append(job)
+        added.append(job)
     manifest.save()
-    return manifest
+    return added
 
 
 def in_sweep(run: RunConfig, sweep: str) -> RunConfig:

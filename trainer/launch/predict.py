@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write `predictions.csv` and `sheet.png`, and print where they are."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer predict", description="What a run's network finds in the images of a folder.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
     parser.add_argument("folder", help="images, at any depth; or one image")
@@ -32,7 +31,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="where to write (default: RUN_DIR/predictions/<name of the folder>)")
     parser.add_argument("--sheet", type=int, default=64, metavar="N", help="images on the contact sheet (default: 64; 0 = no sheet)")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write `predictions.csv` and `sheet.png`, and print where they are."""
+    options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best", classes="")
     folder = Path(options.folder)

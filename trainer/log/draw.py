@@ -43,6 +43,8 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
 }
 
+SECONDS = "time/seconds"  # since the run began, at each step of the record
+
 Curve = tuple["np.ndarray", "np.ndarray"]  # steps [N] and values [N], float64
 
 
@@ -51,12 +53,16 @@ def draw(directory: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    from trainer.log.course import mark_stages, over_time, speed, stages
+
     curves, steps_per_epoch = read_curves(directory / "metrics.jsonl")
     figures = {
         "loss": lambda: losses(curves),
         "metrics": lambda: metrics(curves),
         "learning_rate": lambda: setting(curves, "train/lr", "learning rate"),
         "momentum": lambda: setting(curves, "train/momentum", "momentum"),
+        "speed": lambda: speed(curves),
+        "stages": lambda: stages(curves),
     }
     written = []
     (directory / "plots").mkdir(exist_ok=True)
@@ -64,7 +70,11 @@ def draw(directory: Path) -> list[Path]:
         for name, make in figures.items():
             figure = make()
             if figure is not None:
+                mark_stages(figure, curves)
                 written.append(save(figure, directory / "plots" / f"{name}.png", steps_per_epoch))
+        figure = over_time(curves)
+        if figure is not None:
+            written.append(save(figure, directory / "plots" / "time.png", 0.0, across="minutes"))
     return written
 
 
@@ -77,10 +87,14 @@ def read_curves(record: Path) -> tuple[dict[str, Curve], float]:
     for row in read_rows(record):
         step = row["step"]
         steps_per_epoch = step / row["epoch"] if row.get("epoch") else steps_per_epoch
+        if "seconds" in row:
+            points.setdefault(SECONDS, []).append((step, row["seconds"]))
         for name, value in row.items():
             if "/" in name and isinstance(value, int | float):
                 points.setdefault(name, []).append((step, value))
     columns = {name: np.asarray(pairs, dtype=np.float64).T for name, pairs in points.items()}  # [2, N]
+    if "train/stage" in columns and len(np.unique(columns["train/stage"][1])) > 1:
+        steps_per_epoch = 0.0  # epochs of different lengths have no scale
     return {name: (table[0], table[1]) for name, table in columns.items()}, steps_per_epoch
 
 
@@ -199,16 +213,17 @@ def logarithmic_if_wide(axis: Axes) -> None:
         axis.set_yscale("log")
 
 
-def save(figure: Figure, path: Path, steps_per_epoch: float) -> Path:
+def save(figure: Figure, path: Path, steps_per_epoch: float, across: str = "optimizer steps") -> Path:
     """Write `path` in one step, so that a viewer never sees half a picture."""
     from matplotlib.ticker import MaxNLocator
 
     last = max(axis.get_xlim()[1] for axis in figure.axes)
+    whole = across == "optimizer steps"
     for axis in list(figure.axes):
         axis.set_xlim(0, last)
-        axis.set_xlabel("optimizer steps")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.set_xlabel(across)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=whole))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if whole else f"{value:,.4g}")
         if steps_per_epoch > 0:
             add_epochs(axis, steps_per_epoch)
     partial = partial_path(path)

@@ -23,7 +23,7 @@ from trainer.log.relay import Relay
 from trainer.log.sheet import Sheet
 from trainer.log.tensorboard_sink import TensorboardSink
 from trainer.log.totals import Kinds, Totals
-from trainer.log.wandb_sink import WandbSink, choose_id, end_service, how_to_sync
+from trainer.log.wandb_sink import WandbSink, choose_id, end_service, how_to_sync, mark_unsent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,6 +94,8 @@ class Journal:
         self.totals.since = seconds
         if self.epochs is not None:
             self._append(self.epochs, full)
+        if self.plotter is not None:
+            self.plotter.epoch()
         if row.get("is_best"):
             for relay in self.relays:
                 relay.send(lambda sink: sink.best(full))
@@ -164,14 +166,16 @@ class Journal:
         if not self.silent:
             self.record.sync()
 
-    def close(self, state: str = "completed") -> None:
-        """Finish the sinks, each within its own patience, whatever state a server is in."""
+    def close(self, state: str = "completed", why: str = "") -> None:
+        """Finish the sinks, each within its own patience, whatever state a server is in. `why` is for a run that failed."""
         if self.silent or self.closed:
             return
         self.closed = True
         self.gallery.close()
         now = time.monotonic()
         for relay in self.relays:
+            if state == "failed":
+                relay.send(lambda sink: sink.failed(why))
             relay.finish(state)
         if self.plotter is not None:
             self.plotter.finish()
@@ -188,7 +192,7 @@ class Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close(ending(error))
+        self.close(ending(error), f"{kind.__name__}: {error}" if kind else "")
 
     def _append(self, sheet: Sheet, row: Mapping[str, Any]) -> None:
         try:
@@ -224,6 +228,7 @@ def open_journal(directory: Path, run: RunConfig, is_main: bool, ids: Mapping[st
             how_to_sync(directory),
             patience=cfg.wandb.timeout + GRACE,
             abandon=end_service,
+            lost=lambda: mark_unsent(directory),
         )
         journal.relays.append(relay)
         journal.watcher = relay if cfg.wandb.watch else None

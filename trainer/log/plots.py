@@ -14,7 +14,8 @@ import trainer
 
 logger = logging.getLogger(__name__)
 
-FIRST, SHARE = 20.0, 0.02  # seconds before the first drawing while the run goes, and the share of one core that drawings may take
+# Seconds before the first drawing while the run goes, the longest pause, and the share of one core that drawings may take.
+FIRST, PAUSE, SHARE = 20.0, 120.0, 0.02
 SLOWEST = 120.0  # seconds: where its fonts are not indexed yet, matplotlib's first start takes tens
 
 
@@ -27,12 +28,18 @@ class Plotter:
         self.drawn = 0  # bytes of the record at the last drawing
         self.process: subprocess.Popen[str] | None = None
         self.ends = threading.Event()
+        self.wake = threading.Event()  # an epoch is over, or the run
         self.thread = threading.Thread(target=self._work, name="log-plots", daemon=True)
         self.thread.start()
+
+    def epoch(self) -> None:
+        """An epoch is over: draw it, as soon as the last drawing has cost little enough. Does not wait."""
+        self.wake.set()
 
     def finish(self) -> None:
         """Draw the end. Does not wait."""
         self.ends.set()
+        self.wake.set()
 
     def join(self, deadline: float) -> None:
         """Wait for the last drawing, until `deadline` (of time.monotonic)."""
@@ -47,7 +54,11 @@ class Plotter:
         pause = FIRST
         try:
             while not self.ends.wait(pause):
-                pause = max(FIRST, self._draw() / SHARE)
+                self.wake.wait(PAUSE)
+                if self.ends.is_set():
+                    break
+                self.wake.clear()
+                pause = self._draw() / SHARE
             self._draw()
         except Exception as error:
             if self.process is not None:

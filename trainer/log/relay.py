@@ -24,6 +24,7 @@ class Sink(Protocol):
     def write(self, row: Mapping[str, Any]) -> None: ...
     def images(self, step: int, paths: Sequence[Path]) -> None: ...
     def best(self, row: Mapping[str, Any]) -> None: ...
+    def failed(self, why: str) -> None: ...
     def close(self, state: str) -> None: ...
 
 
@@ -32,12 +33,13 @@ class Relay:
 
     def __init__(
         self, name: str, open_sink: Callable[[], Sink], advice: str, *,
-        patience: float, abandon: Callable[[], None] = lambda: None, limit: int = LIMIT,
+        patience: float, abandon: Callable[[], None] = lambda: None, lost: Callable[[], None] = lambda: None, limit: int = LIMIT,
     ) -> None:  # fmt: skip
         self.name, self.open_sink = name, open_sink
         self.advice = advice  # how to get at the data when the sink is gone
         self.patience = patience  # seconds that closing may take
         self.abandon = abandon  # called where it takes longer, so that the process can end all the same
+        self.lost = lost  # called when the sink is dropped: what it has not taken has to be brought to it later
         self.limit = limit
         self.queue: SimpleQueue[Callable[[Sink], None] | None] = SimpleQueue()
         self.thread: threading.Thread | None = None
@@ -96,6 +98,7 @@ class Relay:
             return
         self.dropped = True
         logger.warning("%s %s. The run goes on without it; %s", self.name, why, self.advice)
+        self.lost()
 
 
 def _first_line(error: BaseException) -> str:

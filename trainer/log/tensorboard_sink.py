@@ -32,5 +32,8 @@ class TensorboardSink:
     def best(self, row: Mapping[str, Any]) -> None:
         """TensorBoard has no place for it."""
 
+    def failed(self, why: str) -> None:
+        self.writer.add_text("run/failed", why)
+
     def close(self, state: str) -> None:
         self.writer.close()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.logger import WandbConfig, WandbMode
 from trainer.config.plain import to_plain
 from trainer.config.run import RunConfig
+from trainer.errors import StorageError
 from trainer.files import write_atomically
 from trainer.log.record import rows_after
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 # joins the files of an offline run's starts in the same way.
 STEP = "global_step"
 EXIT_CODES = {"completed": 0, "preempted": 75, "interrupted": 130}  # as the process ends with; W&B shows others than 0 as failed
+LONGEST_ALERT = 1000  # characters
+UNSENT = Path("wandb", "unsent")  # is there where a server did not take all of an online start
+SENT = Path("wandb", "sent.txt")  # the starts whose rows a later start has brought to the server
 KEPT_ID = Path("wandb", "run_id.txt")  # in the run directory
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 
@@ -40,10 +44,12 @@ class WandbSink:
     def __init__(self, directory: Path, run: RunConfig, run_id: str, start_step: int) -> None:
         keep_id(directory, run_id)
         self.run = start(directory, run, run_id)
+        self.name, self.alerts = f"{run.name} {run.version}", run.logger.wandb.alert
         self.run.define_metric(STEP, hidden=True)
         self.run.define_metric("*", step_metric=STEP)
         if not self.run.offline:
             self._catch_up(directory / "metrics.jsonl", start_step)
+            mark_sent(directory, Path(self.run.dir).parent)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._log(row["step"], {key: value for key, value in row.items() if key != "step"})
@@ -60,6 +66,11 @@ class WandbSink:
 
     def watch(self, module: nn.Module, log_every: int) -> None:
         self.run.watch(module, log="all", log_freq=log_every)
+
+    def failed(self, why: str) -> None:
+        """An alert: by mail or Slack, as the user has told W&B."""
+        if self.alerts:
+            self.run.alert(title=f"{self.name} failed", text=why[:LONGEST_ALERT], level="ERROR")
 
     def close(self, state: str) -> None:
         if state == "preempted":
@@ -181,8 +192,22 @@ def children(name: str) -> list[int]:
     return found
 
 
+def mark_unsent(directory: Path) -> None:
+    """Remember that the server lacks some of this run, for `python -m trainer sync`."""
+    with contextlib.suppress(OSError):
+        (directory / UNSENT).touch()
+
+
+def mark_sent(directory: Path, current: Path) -> None:
+    """Remember that the server has the rows of every start before the `current` one: sent again, they would be there twice."""
+    names = sorted(path.name for path in (directory / "wandb").glob("*run-*") if path.is_dir() and path.name != current.name)
+    with contextlib.suppress(OSError, StorageError):
+        write_atomically(directory / SENT, "".join(f"{name}\n" for name in names), durable=False)
+        (directory / UNSENT).unlink(missing_ok=True)
+
+
 def how_to_sync(directory: Path) -> str:
-    return f"Later: wandb sync {directory}/wandb/*run-*"
+    return f"Later: python -m trainer sync {directory}"
 
 
 def _first_line(error: Exception) -> str:

@@ -52,13 +52,18 @@ def arms_of(found: Found, at: str = "best") -> list[Arm]:
     """The arms, in the order of their first runs; `at` says which validation's scores count: best or last."""
     of_sweep = found.sweep is not None
     grouped: dict[str, list[Run]] = {}
+    groups: dict[str, Mapping[str, Any]] = {}
     for run in found.runs:
         config = {} if of_sweep else {key: value for key, value in run.config.items() if key != "seed"}
         group = config or run.job.group
-        grouped.setdefault(json.dumps(group, sort_keys=True, default=str), []).append(run)
-    groups = [json.loads(key) for key in grouped]
-    varied = _varied(groups)
-    arms = [Arm({key: group[key] for key in varied if key in group}, runs) for group, runs in zip(groups, grouped.values(), strict=True)]
+        key = json.dumps(group, sort_keys=True, default=str)
+        grouped.setdefault(key, []).append(run)
+        groups.setdefault(key, group)
+    varied = _varied([*groups.values()])
+    arms = [
+        Arm({key: group[key] for key in varied if key in group}, runs)
+        for group, runs in zip(groups.values(), grouped.values(), strict=True)
+    ]
     _name(arms, varied)
     for arm in arms:
         _read(arm, at)

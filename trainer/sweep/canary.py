@@ -1,6 +1,6 @@
-"""Beside the first job of a sweep on SLURM: `python -m trainer.sweep.canary SWEEP_DIR INDEX` lets the others go once it has come far enough.
-
-They are queued, and held, from the beginning; if the first job fails they stay so, with the reason in the manifest.
+"""Beside the first job of a sweep on SLURM: `python -m trainer.sweep.canary SWEEP_DIR INDEX [end]` lets the others go once it
+has come far enough. They are queued, and held, from the beginning; if the first job fails they are cancelled, and held in the
+manifest with the reason. `end` is called when its ranks have ended: then there is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ _ASKING = 1.0  # seconds
 
 
 def main(argv: list[str]) -> int:
-    index = int(argv[1])
-    while True:
-        manifest = Manifest.load(argv[0])
-        directory = manifest.directory(manifest.jobs[index])
-        if has_passed(directory, manifest.settings["canary_steps"]):
-            return _release(argv[0], index)
-        if directory.read_status().get("state") in ("failed", "cancelled"):
-            return _hold(argv[0], index)
+    path, index, ended = argv[0], int(argv[1]), argv[2:] == ["end"]
+    manifest = Manifest.load(path)
+    directory = manifest.directory(manifest.jobs[index])
+    while not has_passed(directory, manifest.settings["canary_steps"]):
+        if ended:
+            return 0 if directory.read_status().get("state") == "preempted" else _hold(path, index)
         time.sleep(_ASKING)
+    return _release(path, index)
 
 
 def _release(path: str, index: int) -> int:

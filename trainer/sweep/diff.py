@@ -1,4 +1,4 @@
-"""`python -m trainer diff A B`: what differs between two runs, in configuration, code, environment and results."""
+"""`python -m trainer diff A B`: what differs between two runs (or two sweeps: trainer.sweep.sweep_diff), in configuration, code, environment and results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from trainer.log.readable import is_rate, show
 from trainer.rundir import RunDirectory
 from trainer.sweep.configs import read_plain, settings
 from trainer.sweep.found import number, text_of
+from trainer.sweep.manifest import FILE
 
 _FILE = re.compile(r"^diff --git a/(.*?) b/", re.MULTILINE)
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
@@ -23,16 +24,20 @@ _LONGEST = 40  # characters of a value
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer diff", description="What differs between two runs.")
-    parser.add_argument("a", type=Path, metavar="A", help="a run directory")
-    parser.add_argument("b", type=Path, metavar="B", help="another")
+    parser = argparse.ArgumentParser(prog="python -m trainer diff", description="What differs between two runs, or two sweeps.")
+    parser.add_argument("a", type=Path, metavar="A", help="a run directory, or a sweep's")
+    parser.add_argument("b", type=Path, metavar="B", help="another of the kind")
     parser.add_argument("--json", action="store_true", help="for programs")
     options = parser.parse_args(argv)
-    found = differences(_run(options.a), _run(options.b))
-    if options.json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+    if all((path / FILE).exists() for path in (options.a, options.b)):
+        from trainer.sweep import sweep_diff
+
+        found = sweep_diff.differences(options.a, options.b)
+        told = sweep_diff.lines(options.a, options.b, found)
     else:
-        print("\n".join(lines(options.a, options.b, found)))
+        found = differences(_run(options.a), _run(options.b))
+        told = lines(options.a, options.b, found)
+    print(json.dumps(found, indent=1, ensure_ascii=False) if options.json else "\n".join(told))
     return 0
 
 
@@ -56,9 +61,7 @@ def differences(a: RunDirectory, b: RunDirectory) -> dict[str, Any]:
 def _run(path: Path) -> RunDirectory:
     run = RunDirectory(path)
     if not run.config_path.is_file():
-        reason = (
-            "is a sweep, and runs are compared" if (path / "manifest.json").exists() else "is no run directory: it holds no config.yaml"
-        )
+        reason = "is a sweep, and the other is none" if (path / FILE).exists() else "is no run directory: it holds no config.yaml"
         raise ConfigError(Problem("diff", path, reason, "name two folders like runs/<name>/<version>-<hash>"))
     return run
 

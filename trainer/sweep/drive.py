@@ -65,6 +65,7 @@ def _detach(manifest: Manifest) -> int:
             [sys.executable, "-P", "-m", "trainer", "resume", str(manifest.path.absolute()), "--wait"],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=os.environ | python_path(ROOT),
         )  # fmt: skip
+    process.returncode = 0  # nobody here waits for it
     print(f"process {process.pid} runs the jobs; {log} has what it says")
     return 0
 

@@ -93,7 +93,7 @@ const columns = () => {
     { key: "effect", head: "d", title: "mean difference in units of its standard deviation", value: a => compared(a) ? compared(a)[5] : null, cell: a => compared(a) && compared(a)[5] !== null ? compared(a)[5].toFixed(2) : "–" },
     { key: "gain", head: "improvement", title: "over the reference, relative", value: a => a.gain, cell: a => a.gain === null ? "–" : `<span class="${a.gain >= 0 ? "up" : "down"}">${(100 * a.gain).toFixed(2)} %</span>` });
   if (view.every) data.metrics.forEach((other, i) => { if (i !== view.metric) list.push({ key: "metric:" + i, head: other.short, title: other.name, value: a => a.scores[i][1], cell: a => show(other, a.scores[i][1], a.scores[i][2] === null) + (a.scores[i][2] === null ? "" : ` <span class="plus">± ${show(other, a.scores[i][2])}</span>`) }); });
-  if (data.arms.some(a => a.gaps.length)) list.push({ key: "gaps", head: "seeds lacking", left: true, value: a => -a.gaps.length, cell: a => a.gaps.length ? `<span class="warn" title="${esc(a.gaps.join("\n"))}">⚠ ${esc(a.gaps.map(g => g.length > 34 ? g.slice(0, 33) + "…" : g).join("; "))}</span>` : "" });
+  if (data.arms.some(a => a.gaps.length)) list.push({ key: "gaps", head: "seeds lacking", left: true, value: a => -a.gaps.length, cell: a => a.gaps.length ? `<span class="warn" title="${esc(a.gaps.join("\n"))}">⚠ ${esc(a.gaps.join("; "))}</span>` : "" });
   return list;
 };
 function coloured(m, c) {
@@ -257,7 +257,8 @@ function makeAxes() {
     axes.push({ name: m.name, head: m.short, metric: i, marks: ticks(low, low + span, 5).map(v => [(v - low) / span, tickText(v, m.rate)]), place: a => a.scores[i][1] === null ? null : (a.scores[i][1] - low) / span });
   });
 }
-const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 200, 37]];
+const RAMP = [[110, 64, 170],  // viridis, but for a first colour that can be seen on black
+   [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 200, 37]];
 function ramp(t) {
   const at = Math.min(0.9999, Math.max(0, t)) * 4, i = Math.floor(at), mix = at - i;
   return `rgb(${RAMP[i].map((c, k) => Math.round(c + (RAMP[i + 1][k] - c) * mix)).join(",")})`;

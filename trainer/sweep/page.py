@@ -102,21 +102,20 @@ def _run(run: Run, arm: int, curves: Curves, home: Path) -> dict[str, Any]:
 
 
 def pictures(directory: Path) -> list[str]:
-    """Plots, and the newest preview of each name, as paths in the run directory."""
-    plots = sorted(path.name for path in _listed(directory / "plots"))
-    newest: dict[str, tuple[int, str]] = {}
-    for path in _listed(directory / "previews"):
-        name, _, step = path.stem.rpartition("-")
-        order = (int(step) if step.isdigit() else -1, path.name)
-        newest[name or path.stem] = max(newest.get(name or path.stem, order), order)
-    found = [f"previews/{name}" for _, (_, name) in sorted(newest.items())]
-    return [*found, *(f"plots/{name}" for name in plots)][:PICTURES]
+    """The last step's previews, and the plots, as paths in the run directory."""
+    steps = sorted(name for name, is_folder in _listed(directory / "previews") if is_folder and name.startswith("step-"))
+    folders = [f"previews/{steps[-1]}"] if steps else []
+    found = [
+        f"{folder}/{name}" for folder in [*folders, "plots"] for name, _ in sorted(_listed(directory / folder)) if name.endswith(".png")
+    ]
+    return found[:PICTURES]
 
 
-def _listed(folder: Path) -> list[Path]:
+def _listed(folder: Path) -> list[tuple[str, bool]]:
+    """(name, is a folder); nothing where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            return [Path(entry.path) for entry in entries if entry.name.endswith(".png")]
+            return [(entry.name, entry.is_dir()) for entry in entries]
     except OSError:
         return []
 

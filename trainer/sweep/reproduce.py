@@ -33,14 +33,14 @@ def main(argv: Sequence[str]) -> int:
     if second.is_finished():
         print(f"{second} has run already; --out NAME runs it once more")
     else:
-        from trainer.launch.dispatch import run_in
+        from trainer.launch.dispatch import go_on
         from trainer.validation import validate
 
         validate(run)
         second.create()
         write_atomically(second.path / REPRODUCTION, json.dumps({"of": str(first.path.absolute())}) + "\n")
         second.write_config(run)
-        if code := run_in(run, second):
+        if code := go_on(second):
             return code
     distance = distance_of(first, second)
     print("\n".join(account(first, second, distance)))

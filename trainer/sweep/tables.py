@@ -75,7 +75,7 @@ def heading(verdict: Verdict) -> list[str]:
     lines = [f"{len(runs)} runs in {arms} arm{'s' if arms > 1 else ''}: {counted}."]
     lines.append(
         f"{metric.name} at the {verdict.at} validation, {'higher' if metric.higher_is_better else 'lower'} is better: "
-        f"mean ± standard deviation over seeds, {LEVEL:.0%} interval of the mean by {what}."
+        f"mean ± standard deviation over seeds, {100 * LEVEL:.0f} % interval of the mean by {what}."
     )
     if verdict.reference and arms > 1:
         lines.append(
@@ -89,7 +89,7 @@ def heading(verdict: Verdict) -> list[str]:
 
 def markdown(verdict: Verdict) -> str:
     names = [metric.name for metric in [*verdict.metrics, *verdict.others]]
-    columns = ["arm", "n", *names[:1], f"{LEVEL:.0%} interval", "rank", "difference", "p", "d", "improvement", *names[1:]]
+    columns = ["arm", "n", *names[:1], f"{100 * LEVEL:.0f} % interval", "rank", "difference", "p", "d", "improvement", *names[1:]]
     lines = [f"# {verdict.title}", "", *heading(verdict), "", "| " + " | ".join(columns) + " |"]
     lines.append("|---|" + "---:|" * (len(columns) - 1))
     for row in verdict.ordered:
@@ -242,7 +242,7 @@ def _as_json(row: Row, metrics: Sequence[Metric]) -> dict[str, Any]:
 
 def lines_for_terminal(verdict: Verdict, most: int = 20) -> Iterator[str]:
     """The best arms and every remark, aligned."""
-    head = ["arm", "n", verdict.main.name, f"{LEVEL:.0%} interval", "rank", "difference", "p", "d"]
+    head = ["arm", "n", verdict.main.name, f"{100 * LEVEL:.0f} % interval", "rank", "difference", "p", "d"]
     shown = verdict.ordered[:most]
     cells = [head] + [_cells(verdict, row)[: len(head)] for row in shown]
     if len(verdict.rows) == 1:

@@ -6,6 +6,7 @@ import logging
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from trainer.config import LoggerConfig, RunConfig
-from trainer.log import draw, open_journal
+from trainer.log import course, draw, open_journal
 from trainer.log.journal import Journal
+from trainer.log.plots import Plotter
 
 RUN = RunConfig(name="demo", version="s0", logger=LoggerConfig())
 
@@ -35,7 +37,7 @@ def curves_of(axis: Axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def test_the_files(tmp_path: Path) -> None:
     write(tmp_path, 50)
-    assert [path.name for path in draw.draw(tmp_path)] == ["loss.png", "metrics.png", "learning_rate.png"]
+    assert [path.name for path in draw.draw(tmp_path)] == ["loss.png", "metrics.png", "learning_rate.png", "time.png"]
     write(tmp_path, 50, train__momentum=0.9)
     assert {path.name for path in draw.draw(tmp_path)} == {path.name for path in (tmp_path / "plots").iterdir()} > {"momentum.png"}
     for path in (tmp_path / "plots").iterdir():
@@ -85,12 +87,12 @@ def test_a_long_record_is_thinned_to_means(tmp_path: Path) -> None:
 def test_little_to_draw(tmp_path: Path, rows: int) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     write(tmp_path, rows)
-    assert len(draw.draw(tmp_path)) == (2 if rows else 0)
+    assert len(draw.draw(tmp_path)) == (3 if rows else 0)
 
 
 def test_numbers_that_are_none_leave_gaps(tmp_path: Path) -> None:
     write(tmp_path, 20, train__loss=math.nan)
-    assert len(draw.draw(tmp_path)) == 3
+    assert len(draw.draw(tmp_path)) == 4
 
 
 def test_a_run_ends_with_its_pictures(tmp_path: Path) -> None:
@@ -116,3 +118,47 @@ def test_drawing_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys; from trainer.log.draw import draw; from pathlib import Path; draw(Path(sys.argv[1])); print('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert said.stdout == "False\n"
+
+
+def test_speed_time_and_stages(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one", 30, system__images_per_second=100.0, system__gpu_memory_gb=3.0)
+    curves, steps_per_epoch = draw.read_curves(tmp_path / "one" / "metrics.jsonl")
+    assert steps_per_epoch == 10 and course.stages(curves) is None
+    figure = course.speed(curves)
+    assert figure is not None and [axis.get_title() for axis in figure.axes] == ["images per second", "GPU memory, GB"]
+    figure = course.over_time(curves)
+    assert figure is not None and [axis.get_title() for axis in figure.axes] == ["loss", "top1"]
+    at, seconds = curves[draw.SECONDS]
+    np.testing.assert_allclose(curves_of(figure.axes[0])["training"][0], np.interp(np.arange(1, 31), at, seconds) / 60)
+
+    with Journal(tmp_path, csv=False) as journal:
+        for step in range(1, 21):
+            stage = 1 + (step > 8)
+            row = {"train/loss": 1 / step, "train/stage": stage, "train/image_size": 16 * stage, "train/batch_size": 64 // stage}
+            journal.write(step, step / 10, step, row)
+    names = {path.name for path in draw.draw(tmp_path)}
+    assert "stages.png" in names
+    curves, steps_per_epoch = draw.read_curves(tmp_path / "metrics.jsonl")
+    assert steps_per_epoch == 0, "epochs of two lengths have no scale"
+    figure = course.stages(curves)
+    assert figure is not None
+    course.mark_stages(figure, curves)
+    assert all(8 in line.get_xdata() for axis in figure.axes for line in axis.get_lines()[-1:])
+
+
+def test_an_epoch_is_drawn_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.log.plots.FIRST", 0.01)
+    drawn: list[int] = []
+    monkeypatch.setattr("trainer.log.plots.Plotter._draw", lambda self: drawn.append(1) or 0.0)
+    plotter = Plotter(tmp_path)
+    for count in (1, 2, 3):
+        assert len(drawn) == count - 1, "nothing is drawn while nothing is over"
+        plotter.epoch()
+        deadline = time.monotonic() + 10
+        while len(drawn) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(drawn) == count
+    plotter.finish()
+    plotter.join(time.monotonic() + 10)
+    assert len(drawn) == 4

@@ -37,6 +37,9 @@ class Memory:
     def best(self, row: Mapping[str, Any]) -> None:
         self.calls.append(("best", row["step"]))
 
+    def failed(self, why: str) -> None:
+        self.calls.append(("failed", why))
+
     def close(self, state: str) -> None:
         self.calls.append(state)
 

@@ -123,7 +123,7 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Start
 def test_a_failing_server_costs_a_warning_and_a_bounded_time(failed: dict[str, Start], name: str) -> None:
     start, fault = failed[name], FAULTS[name]
     assert start.process.returncode == 0, start.err
-    assert len(start.warnings) == 1 and fault.says in start.warnings[0] and "wandb sync" in start.warnings[0], start.err
+    assert len(start.warnings) == 1 and fault.says in start.warnings[0] and "python -m trainer sync" in start.warnings[0], start.err
     assert "Traceback" not in start.err
     assert start.seconds_to_close < WANDB_EXIT_SECONDS
     assert len((start.directory / "metrics.jsonl").read_text().splitlines()) == STEPS
@@ -214,6 +214,72 @@ def test_a_stopped_run_says_that_it_goes_on(tmp_path: Path) -> None:
         assert "Stopped" in stopped.err  # its traceback: nobody catches it there
         assert list(server.runs) == ["chosen01"] and server.exits["chosen01"] == 75
         assert any(record.WhichOneof("record_type") == "preempting" for path in stopped.logs for record in log.records(path))
+
+
+def sync(directory: Path, url: str, *options: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "HOME": str(directory)}
+    command = [sys.executable, "-m", "trainer", "sync", str(directory), *options]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def steps_at(server: StubServer) -> dict[str, list[int]]:
+    return {run: [row["global_step"] for row in rows if "train/loss" in row] for run, rows in server.history.items()}
+
+
+def test_sync_brings_the_server_what_it_lacks_and_nothing_twice(tmp_path: Path) -> None:
+    """Two runs, one of which has started twice without a server."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text('{"state": "completed"}')
+    with StubServer() as server:
+        offline = {"mode": "offline"}
+        starts = [Start(tmp_path / "a", server.url, offline), Start(tmp_path / "b", server.url, offline)]
+        for start in starts:
+            start.finish()
+        Start(tmp_path / "a", server.url, {**offline, "start": STEPS}).finish()
+        assert not server.runs
+        told = sync(tmp_path, server.url, "--dry-run")
+        assert "a: 2 starts" in told.stdout and "b: 1 start" in told.stdout and not server.runs
+        done = sync(tmp_path, server.url)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert sorted(steps_at(server).values(), key=len) == [list(range(1, STEPS + 1)), list(range(1, 2 * STEPS + 1))]
+        assert sync(tmp_path, server.url).stdout == "W&B has had everything\n"
+
+
+def test_sync_leaves_out_what_a_later_start_has_brought(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "completed"}')
+    with StubServer() as server:
+        Start(tmp_path, server.url, {"mode": "offline"}).finish()
+        Start(tmp_path, server.url, {"timeout": 10, "start": STEPS}).finish()
+        assert sync(tmp_path, server.url).stdout == "W&B has had everything\n"
+        assert list(steps_at(server).values()) == [list(range(1, 2 * STEPS + 1))]
+
+
+def test_sync_knows_what_a_failing_server_did_not_take(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "completed"}')
+    with StubServer() as server:
+        start = Start(tmp_path, server.url, {"timeout": 3, "wait": True})
+        start.wait_for_half()
+        server.become("error")
+        start.finish()
+        assert (tmp_path / "wandb" / "unsent").exists(), start.err
+        server.become("ok")
+        done = sync(tmp_path, server.url)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (steps,) = steps_at(server).values()
+        assert set(steps) == set(range(1, STEPS + 1))
+        assert not (tmp_path / "wandb" / "unsent").exists()
+
+
+def test_a_run_that_fails_sends_an_alert(tmp_path: Path) -> None:
+    loud = Start(tmp_path / "loud", "http://127.0.0.1:9", {"mode": "offline", "ending": "failed"})
+    quiet = Start(tmp_path / "quiet", "http://127.0.0.1:9", {"mode": "offline", "ending": "failed", "alert": False})
+    sent = [[r.alert for r in log.records(start.finish().logs[0]) if r.WhichOneof("record_type") == "alert"] for start in (loud, quiet)]
+    assert [(alert.title, alert.text, alert.level) for alert in sent[0]] == [
+        ("demo s7 failed", "Diverged: the loss was not finite", "ERROR")
+    ]
+    assert not sent[1]
 
 
 def test_watched_weights_and_gradients(tmp_path: Path) -> None:

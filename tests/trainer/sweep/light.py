@@ -25,7 +25,7 @@ def _be(directory: RunDirectory) -> int:
     script = directory.path / SCRIPT
     what, _, argument = (script.read_text() if script.exists() else "work 0").partition(" ")
     told: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda n, frame: told.append(n))
     with directory.claim():
         with (directory.path / RAN).open("a") as file:

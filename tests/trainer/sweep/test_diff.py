@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from scipy import stats
 
-from benchmarks.peers.many_runs import make_run
+from benchmarks.peers.many_runs import make_run, make_sweep
 from trainer.errors import ConfigError
 from trainer.rundir import RunDirectory
+from trainer.sweep import sweep_diff
 from trainer.sweep.diff import differences, main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -104,3 +107,41 @@ def test_what_is_no_run(runs, tmp_path: Path) -> None:
     runs[0].config_path.write_text("a: [")
     with pytest.raises(ConfigError, match="cannot be read"):
         main([*map(str, runs)])
+
+
+# Sweeps
+
+
+def test_two_sweeps(tmp_path: Path, capsys) -> None:
+    """One arm that both have, one of each alone; a seed is missing in one of them."""
+    a = make_sweep(tmp_path / "a", [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e-4}], seeds=(1, 2, 3, 4))
+    b = make_sweep(tmp_path / "b", [{"optimizer.lr": 1e-3}, {"optimizer.lr": 3e-3}], seeds=(1, 2, 3, 4), states={1: "failed"})
+    content = json.loads((b / "manifest.json").read_text()) | {"base": ["optimizer=sgd"]}
+    (b / "manifest.json").write_text(json.dumps(content))
+    gains = {1: 0.01, 3: 0.02, 4: 0.03}
+    for index, seed in ((0, 1), (2, 3), (3, 4)):
+        path = tmp_path / "b" / content["jobs"][index]["directory"] / "result.json"
+        result = json.loads(path.read_text())
+        result["best"]["val/top1"] += gains[seed]
+        path.write_text(json.dumps(result))
+    found = sweep_diff.differences(a, b)
+    (arm,) = found["arms"]
+    test: Any = stats.ttest_1samp(list(gains.values()), 0)
+    assert (arm["a"]["n"], arm["b"]["n"], arm["difference"]["n"]) == (4, 3, 3)
+    assert (arm["difference"]["difference"], arm["difference"]["p"]) == pytest.approx((0.02, test.pvalue))
+    assert found["only"] == [["lr=0.0001"], ["lr=0.003"]] and found["base"] == [[], ["optimizer=sgd"]]
+    assert main([str(a), str(b)]) == 0
+    said = capsys.readouterr().out
+    assert "B alone: optimizer=sgd" in said and "+2.00 pp" in said and "only in A: lr=0.0001" in said and "0 of 1 arms moved" in said
+
+
+def test_a_sweep_and_a_run(runs, tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path / "sweep", [{}], seeds=(1,))
+    with pytest.raises(ConfigError, match="is a sweep, and the other is none"):
+        main([str(runs[0]), str(sweep)])
+
+
+def test_sweeps_without_results(tmp_path: Path) -> None:
+    sweeps = [make_sweep(tmp_path / name, [{}], seeds=(1,), states={0: "queued"}) for name in "ab"]
+    with pytest.raises(ConfigError, match="neither sweep has a completed run yet"):
+        main([*map(str, sweeps)])

@@ -13,26 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.sweep import light
-from trainer.sweep.manifest import Job, Manifest, driving, new_directory, states
+from trainer.sweep.manifest import Job, Manifest, driving, states
 from trainer.sweep.pool import CANCEL, Pool, Slot, slots_for
 
 SERVER = [str(Path(light.__file__))]
-
-
-@pytest.fixture
-def sweep(tmp_path: Path):
-    def make(*scripts: str) -> Manifest:
-        path = new_directory(tmp_path / "runs" / "digits" / "sweeps")
-        manifest = Manifest(path, path.name, "digits", "", [], "local", [])
-        manifest.jobs = [Job(n, [f"seed={n}"], {}, n, f"runs/digits/s{n}-00000000") for n in range(len(scripts))]
-        for job, script in zip(manifest.jobs, scripts, strict=True):
-            manifest.directory(job).create()
-            manifest.directory(job).config_path.write_text("")
-            (manifest.directory(job).path / light.SCRIPT).write_text(script)
-        manifest.save()
-        return manifest
-
-    return make
 
 
 def run(manifest: Manifest, slots: int = 2, said: list[str] | None = None, **more) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from scipy import stats
 
 from benchmarks.peers.many_runs import SEEDS, make_run, make_sweep, settings
+from tests import wandb_offline_log as log
 from trainer.errors import ConfigError
 from trainer.identity import settings as settings_of
 from trainer.launch.compose import compose_run
@@ -24,6 +26,7 @@ from trainer.sweep import configs
 from trainer.sweep.arms import higher_is_better
 from trainer.sweep.found import find
 from trainer.sweep.report import main, write
+from trainer.sweep.sync import unsent
 from trainer.sweep.verdict import judge
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -317,3 +320,25 @@ def test_nothing_heavy_is_imported(home: Path) -> None:
 def test_many_arms() -> None:
     arms = settings(200)
     assert len({json.dumps(arm) for arm in arms}) == 200 and SEEDS == (42, 195, 335)
+
+
+def test_the_table_in_wandb(tmp_path: Path) -> None:
+    """Offline, and uploaded later like a run's own log; the real client writes it, and its file is read back."""
+    home = make_sweep(tmp_path, [{"model.drop_rate": 0}, {"model.drop_rate": 0.1}], states={1: "failed"})
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "WANDB_MODE": "offline"}
+    command = [sys.executable, "-m", "trainer", "report", str(home), "--wandb", "birds"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and f"python -m trainer sync {home}" in done.stdout, done.stderr
+    (start,) = unsent(home, every=False)
+    (file,) = start.glob("*.wandb")
+    run = next(record.run for record in log.records(file) if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.run_group, run.job_type) == ("birds", "2026-11-26_09-00-00", "report")
+    (logged,) = log.history(file)
+    content = json.loads((start / "files" / logged["report/path"]).read_text())
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    told = {arm["label"]: arm for arm in json.loads((home / "report.json").read_text())["arms"]}
+    assert len(rows) == 2 and rows[0]["best"]
+    for row in rows:
+        assert row["val/top1 mean"] == pytest.approx(told[row["arm"]]["metrics"]["val/top1"]["mean"])
+    assert [row["missing"] for row in rows if "195" in row["missing"]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.random import SampleRandom, uniform
 
 # What each draw of a sample's numbers is for. The worker's transforms use streams below 100.
-FLIP, ERASE, MIX = 100, 101, 102
+FLIP, ERASE, MIX, SHIFT = 100, 101, 102, 103
 
 
 def flip(images: Tensor, keys: Tensor, probability: float) -> Tensor:
@@ -25,6 +25,28 @@ def flip(images: Tensor, keys: Tensor, probability: float) -> Tensor:
         return images
     chosen = (uniform(keys, FLIP, 1) < probability).view(-1, 1, 1, 1)  # [N, 1, 1, 1]
     return torch.where(chosen, images.flip(-1), images)
+
+
+def shift(images: Tensor, keys: Tensor, fraction: float) -> Tensor:
+    """Move each image by up to `fraction` of its side in each direction; what comes into view is its mirror image.
+
+    The same as padding by reflection and cutting out a random window of the old size.
+    """
+    height, width = images.shape[-2:]
+    reach = torch.tensor([round(height * fraction), round(width * fraction)], device=images.device)
+    if not reach.any():
+        return images
+    moved = (uniform(keys, SHIFT, 2) * (2 * reach + 1)).floor().long() - reach  # [N, 2] in [-reach, reach]
+    rows, columns = (_reflected(length, moved[:, i]) for i, length in enumerate((height, width)))  # [N, H], [N, W]
+    index = torch.arange(len(images), device=images.device).view(-1, 1, 1, 1)
+    channel = torch.arange(images.shape[1], device=images.device).view(1, -1, 1, 1)
+    return images[index, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _reflected(length: int, moved: Tensor) -> Tensor:
+    """int64 [N, length]: places 0 … length - 1 moved by `moved` [N], those beyond an edge mirrored at its last pixel."""
+    place = (torch.arange(length, device=moved.device) + moved.unsqueeze(1)).abs()
+    return torch.where(place < length, place, 2 * (length - 1) - place)
 
 
 def flips(random: SampleRandom, probability: float) -> bool:

@@ -70,6 +70,8 @@ class Standard:
             return batch
         if not self.flips_early:
             images = mixing.flip(images, keys, cfg.hflip)
+        if cfg.shift:
+            images = mixing.shift(images, keys, cfg.shift)
         images = mixing.normalise(self._coloured(images, keys), self.mean, self.std)
         images = mixing.erase(images, keys, cfg.erasing)
         if (cfg.mixup or cfg.cutmix) and "label" in batch:

@@ -1,0 +1,239 @@
+"""Every way in which a job on SLURM ends, and what is said of it: by the run directory, by SLURM, by the manifest. Real SLURM, light jobs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import light_job
+from tests.trainer.sweep import light
+from trainer.config.launcher import SlurmLauncherConfig
+from trainer.errors import ConfigError, Problem
+from trainer.launch.multirun import plain
+from trainer.sweep import cluster, verbs
+from trainer.sweep import slurm as ours
+from trainer.sweep.manifest import Job, Manifest, driving, new_directory, states
+from trainer.sweep.watch import watch
+
+SCRIPT = Path(light_job.__file__)
+
+
+@pytest.fixture(autouse=True)
+def _light_jobs(monkeypatch):
+    """Jobs that train nothing start in a fraction of a second."""
+    written = ours.script
+    monkeypatch.setattr(ours, "script", lambda *a, **k: written(*a, **k).replace("-m trainer start", str(SCRIPT)))
+
+
+@pytest.fixture
+def sweep(tmp_path: Path):
+    def make(*scripts: str, **settings) -> Manifest:
+        path = new_directory(tmp_path / "runs" / "digits" / "sweeps")
+        launcher = plain(SlurmLauncherConfig(**settings))
+        manifest = Manifest(path, path.name, "digits", "", [], "slurm", [], settings=launcher, cwd=str(tmp_path))
+        manifest.jobs = [Job(n, [f"seed={n}"], {}, n, f"runs/digits/s{n}-00000000") for n in range(len(scripts))]
+        for job, script in zip(manifest.jobs, scripts, strict=True):
+            manifest.directory(job).create()
+            manifest.directory(job).config_path.write_text("")
+            (manifest.directory(job).path / light.SCRIPT).write_text(script)
+        manifest.save()
+        return manifest
+
+    return make
+
+
+def submit(manifest: Manifest) -> list[str]:
+    with driving(manifest.path):
+        ours.submit(manifest, manifest.jobs)
+    return [str(job.job_id) for job in manifest.jobs]
+
+
+def how(manifest: Manifest) -> list[str]:
+    manifest = Manifest.load(manifest.path)
+    return [state.state for state in states(manifest, cluster.words([job.job_id for job in manifest.jobs]))]
+
+
+def path(manifest: Manifest, index: int = 0) -> Path:
+    return manifest.directory(manifest.jobs[index]).path
+
+
+def times(manifest: Manifest, index: int) -> list[float]:
+    ran = path(manifest, index) / light.RAN
+    return [float(line) for line in ran.read_text().split()] if ran.exists() else []
+
+
+def runs(manifest: Manifest, index: int = 0) -> int:
+    """How often a job has started."""
+    return len(times(manifest, index))
+
+
+def test_honest_states(slurm, sweep):
+    """Done, diverged, crashed, and an error that nobody foresaw; SLURM says FAILED of what failed."""
+    manifest = sweep("work 0", "diverge", "crash", "raise")
+    ids = submit(manifest)
+    assert [slurm.comes(job, "COMPLETED", "FAILED") for job in ids] == ["COMPLETED", "FAILED", "FAILED", "FAILED"]
+    assert how(manifest) == ["completed", "failed", "failed", "failed"]
+    reasons = [state.reason or "" for state in states(manifest)]
+    assert reasons[1] == "Diverged: nan"
+    assert "killed" in reasons[2]
+    assert "the weights are gone" in reasons[3]
+    end = float((path(manifest) / "end0").read_text())  # so that a run stops in time for its last checkpoint
+    assert 3000 < end - times(manifest, 0)[0] <= 3601
+
+
+def test_stopped_by_a_signal_it_is_queued_again_and_goes_on(slurm, sweep):
+    manifest = sweep("work 60", "work 60")
+    first, second = submit(manifest)
+    slurm.until(lambda: runs(manifest) and runs(manifest, 1), "both running")
+    (manifest.directory(manifest.jobs[0]).path / light.SCRIPT).write_text("work 0")
+    slurm("scancel", "--signal=USR2", first)
+    slurm.until(lambda: how(manifest)[0] == "preempted", "the first preempted")
+    slurm.at_once(first, path(manifest))
+    slurm.comes(first, "COMPLETED")
+    assert (runs(manifest), runs(manifest, 1)) == (2, 1)  # this array task, and no other
+    assert how(manifest) == ["completed", "running"]
+    slurm("scancel", second)
+    slurm.comes(second, "CANCELLED")
+    slurm.until(lambda: how(manifest)[1] == "cancelled", "the second cancelled")
+    assert slurm.word(second) == "CANCELLED"  # and not queued again
+
+
+def test_preempted_by_an_urgent_job(slurm, sweep):
+    """Real preemption sends SIGTERM and nothing else, and takes the nodes away."""
+    manifest = sweep("work 60", "work 60")
+    first, second = submit(manifest)
+    slurm.until(lambda: runs(manifest) and runs(manifest, 1), "both running")
+    for index in range(2):
+        (path(manifest, index) / light.SCRIPT).write_text("work 0")
+    slurm("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    slurm.until(lambda: how(manifest) == ["preempted", "preempted"], "both preempted")
+    for index, job in enumerate((first, second)):
+        slurm.at_once(job, path(manifest, index))
+    assert [slurm.comes(job, "COMPLETED") for job in (first, second)] == ["COMPLETED"] * 2
+    assert how(manifest) == ["completed", "completed"]
+    assert (runs(manifest), runs(manifest, 1)) == (2, 2)
+
+
+def test_not_queued_again_more_often_than_allowed(slurm, sweep):
+    manifest = sweep("work 60", max_requeues=0)
+    (job,) = submit(manifest)
+    slurm.until(lambda: runs(manifest), "it runs")
+    slurm("scancel", "--signal=USR1", job)
+    slurm.comes(job, "FAILED")
+    assert how(manifest) == ["failed"]
+    assert "hydra.launcher.max_requeues=0" in (states(manifest)[0].reason or "")
+
+
+def test_a_rank_killed_on_the_other_node_ends_the_job(slurm, sweep):
+    manifest = sweep("work 60", nodes=2)
+    (job,) = submit(manifest)
+    other = path(manifest) / "rank1"
+    slurm.until(lambda: runs(manifest) and other.exists() and len(other.read_text().split()) == 3, "both ranks")
+    hosts = {(path(manifest) / f"rank{rank}").read_text().split()[0] for rank in range(2)}
+    assert len(hosts) == 2
+    os.kill(int(other.read_text().split()[2]), signal.SIGKILL)
+    slurm.comes(job, "FAILED")
+    assert how(manifest) == ["failed"]
+
+
+def test_the_controller_restarts_and_accounting_is_away(slurm, sweep, monkeypatch):
+    """A job that ends while slurmctld is down is known to have ended; nobody waits for sacct."""
+    manifest = sweep("work 2", "crash")
+    first, _ = submit(manifest)
+    slurm.until(lambda: runs(manifest), "it runs")
+    which = cluster.shutil.which
+    monkeypatch.setattr(cluster.shutil, "which", lambda name: None if name == "sacct" else which(name))
+    os.kill(int((slurm.folder / "run" / "slurmctld.pid").read_text()), signal.SIGTERM)
+    slurm.until(lambda: states(manifest)[0].state == "completed", "the first done without a controller")
+    subprocess.run(["/usr/sbin/slurmctld"], check=True, capture_output=True)
+    assert watch(Manifest.load(manifest.path)) == 1
+    assert how(manifest) == ["completed", "failed"]
+    slurm.comes(first, "COMPLETED")
+
+
+def test_a_launcher_killed_after_sbatch_queues_nothing_twice(slurm, sweep, capsys):
+    manifest = sweep("work 4", "work 4", "work 0")
+    submit(manifest)
+    slurm.until(lambda: runs(manifest) and runs(manifest, 1), "both running")
+    for job in manifest.jobs:  # what the manifest says where the launcher died before it was told the ids
+        job.job_id = None
+    manifest.save()
+    assert verbs.resume([str(manifest.path)]) == 0
+    assert "nothing to start" in capsys.readouterr().out
+    manifest = Manifest.load(manifest.path)
+    slurm.until(lambda: how(manifest) == ["completed"] * 3, "all done")
+    assert [runs(manifest, n) for n in range(3)] == [1, 1, 1]
+
+
+def test_canary(slurm, sweep):
+    manifest = sweep("work 3", "work 0", "work 0", canary=True, canary_steps=20)
+    ids = submit(manifest)
+    assert how(manifest)[1:] == ["queued", "queued"]
+    assert [slurm.comes(job, "COMPLETED") for job in ids] == ["COMPLETED"] * 3
+    began = [float((path(manifest, n) / light.RAN).read_text()) for n in range(3)]
+    assert min(began[1:]) > began[0]
+    bad = sweep("diverge", "work 0", canary=True)
+    path(bad).joinpath("result.json").unlink()
+    path(bad, 1).joinpath("result.json").unlink()
+    ids = submit(bad)
+    slurm.comes(ids[0], "FAILED")
+    slurm.until(lambda: how(bad) == ["failed", "held"], "the rest held")
+    slurm.until(lambda: cluster.words(ids).get(ids[1]) == "CANCELLED", "the rest cancelled")
+
+
+def test_cancel(slurm, sweep):
+    manifest = sweep("work 60", "work 60", array_parallelism=1)
+    ids = submit(manifest)
+    slurm.until(lambda: runs(manifest), "it runs")
+    assert verbs.cancel([str(manifest.path)]) == 0
+    slurm.until(lambda: set(cluster.words(ids).values()) == {"CANCELLED"}, "both cancelled")
+    slurm.until(lambda: how(manifest) == ["cancelled"] * 2, "both cancelled")
+
+
+# What SLURM cannot do is found out before anything is written
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "way_out"),
+    [
+        ({"partition": "mian"}, "hydra.launcher.partition", "hydra.launcher.partition=main"),
+        ({"nodes": 3}, "hydra.launcher.nodes", "hydra.launcher.nodes=2"),
+    ],
+)
+def test_asking_for_what_is_not_there(slurm, settings, key, way_out):
+    with pytest.raises(ConfigError) as told:
+        ours.check(SlurmLauncherConfig(**settings), [])
+    problem = told.value.problems[0]
+    assert isinstance(problem, Problem)
+    assert (problem.key, problem.fix) == (key, way_out)
+    with pytest.raises(ConfigError):
+        ours.check(SlurmLauncherConfig(), [settings])  # by a rule
+
+
+def test_what_sbatch_refuses_is_told_in_its_words(slurm, sweep):
+    manifest = sweep("work 0", account="nobody", additional_parameters={"begin": "yesterdayy"})
+    with pytest.raises(ConfigError, match="sbatch refuses"):
+        submit(manifest)
+
+
+def test_nothing_of_an_outer_job_is_handed_on():
+    outer = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "64",
+        "SBATCH_PARTITION": "x",
+        "PMI_RANK": "3",
+        "RANK": "1",
+        "MASTER_PORT": "1",
+        "SLURM_CONF": "/c",
+        "PATH": "/bin",
+    }
+    assert cluster.clean_environment(outer) == {"SLURM_CONF": "/c", "PATH": "/bin"}
+
+
+def test_tasks_that_never_started():
+    assert cluster.array_tasks("12_[0-2,7%4]") == ["12_0", "12_1", "12_2", "12_7"]
+    assert cluster.array_tasks("12_3") == ["12_3"]
