@@ -174,7 +174,8 @@ class RunDirectory:
         if self._status is None:  # a launcher marking a job as queued or cancelled
             self.create()
             said = fields | ({"state": state} if state else {})
-            write_atomically(self.status_path, _json(_UNKNOWN | self.read_status() | said | {"heartbeat": time.time()}))
+            content = _json(_UNKNOWN | self.read_status() | said | {"heartbeat": time.time()})
+            write_atomically(self.status_path, content, durable=state != "queued")  # a manifest knows what is queued
             return
         changed = state is not None and state != self._status["state"]
         with self._status_lock:
@@ -195,14 +196,16 @@ class RunDirectory:
         """What `status.json` says; empty where there is none."""
         return _read_json(self.status_path) or {}
 
-    def write_config(self, run: RunConfig) -> None:
-        """The whole resolved config: enough to run it again anywhere."""
+    def write_config(self, run: RunConfig, *, durable: bool = True) -> None:
+        """The whole resolved config: enough to run it again anywhere. A sweep of a thousand does not wait for the disk each time."""
         import yaml
 
         from trainer.config.plain import to_plain
 
         self.create()
-        write_atomically(self.config_path, yaml.safe_dump(to_plain(run), sort_keys=False, allow_unicode=True))
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # five times as fast
+        text = yaml.dump(to_plain(run), Dumper=dumper, sort_keys=False, allow_unicode=True)
+        write_atomically(self.config_path, text, durable=durable)
 
     def read_config(self) -> RunConfig:
         import yaml

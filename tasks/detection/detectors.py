@@ -7,6 +7,7 @@ to put images of different sizes into one batch.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,25 @@ class Backbone(nn.Module):
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
 
 
-def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, image_size: int) -> nn.Module:
+class Detector(nn.Module):
+    """torchvision's detector, as the network that a task trains, saves and gives away."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """What timm knows of its backbone's published weights, for `init_from=timm:pretrained`."""
+        body = self.detector.get_submodule("backbone.body")
+        return getattr(getattr(body, "net", None), "pretrained_cfg", None)
+
+    def forward(self, images: Iterable[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Loss terms by name while it trains; otherwise boxes [D, 4], labels [D] and scores [D] of each image [C, h, w]."""
+        return self.detector(list(images), targets)
+
+
+def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, image_size: int) -> Detector:
     """The detector, with fresh weights in all that is not the backbone's."""
     freeze(pyramid, cfg)
     width = cfg.width_at(image_size)
@@ -74,7 +93,7 @@ def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, 
             raise
         raise ConfigError(Problem("task.args", cfg.args, f"torchvision's {cfg.detector} refuses them: {error}", "task.args={}")) from error
     detector.transform = Batching()
-    return detector
+    return Detector(detector)
 
 
 def faster_rcnn(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> FasterRCNN:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -30,10 +32,10 @@ class Slurm:
         line = self("sacct", "-X", "-n", "-P", "-o", "State", "-j", job_id).strip()
         return line.split()[0] if line else ""
 
-    def comes(self, job_id: str, *words: str, seconds: float = 60) -> str:
+    def comes(self, job_id: str, *words: str, seconds: float = 120) -> str:
         return self.until(lambda: self.word(job_id) in words and self.word(job_id), f"{job_id} {words}", seconds)
 
-    def until(self, what: Callable[[], Any], told: str, seconds: float = 60) -> Any:
+    def until(self, what: Callable[[], Any], told: str, seconds: float = 120) -> Any:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := what():
@@ -54,13 +56,26 @@ def sandbox(verb: str, folder: Path, port: int, **more: str) -> subprocess.Compl
     return subprocess.run(["bash", str(SANDBOX), verb], env=environment, capture_output=True, text=True, timeout=300)
 
 
+def free_ports() -> int:
+    """The first of the sandbox's ports: several sandboxes may run at once."""
+    for base in random.sample(range(20000, 30000, 500), 20):
+        try:
+            for port in (base, base + 2, base + 3, base + 11, base + 12):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            return base
+        except OSError:
+            continue
+    raise RuntimeError("no free ports for a SLURM")
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     missing = [name for name in NEEDED if shutil.which(name, path=f"/usr/sbin:/sbin:{os.environ['PATH']}") is None]
     if missing:
         pytest.skip(f"no SLURM to test with ({', '.join(missing)} missing): as root on Debian, bash tests/slurm/sandbox.sh install")
     folder = tmp_path_factory.mktemp("slurm") / "sandbox"
-    port = 20000 + os.getpid() % 20 * 500
+    port = free_ports()
     done = sandbox("up", folder, port)
     if done.returncode:
         sandbox("down", folder, port)

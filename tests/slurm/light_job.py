@@ -15,6 +15,7 @@ if __name__ == "__main__":
     directory = RunDirectory(sys.argv[1])
     rank = int(os.environ["SLURM_PROCID"])
     (directory.path / f"rank{rank}").write_text(f"{os.environ['SLURMD_NODENAME']} {os.environ.get('SLURM_RESTART_COUNT', 0)} {os.getpid()}")
+    (directory.path / f"end{rank}").write_text(os.environ.get("SLURM_JOB_END_TIME", ""))
     if rank == 0:
         sys.exit(light.be(directory))
     told: list[int] = []

@@ -99,7 +99,7 @@ def test_two_arms_of_three_seeds_with_everything_that_happens(slurm, environment
             slurm.at_once(str(jobs[index].job_id), of[index].path)
     for index in (0, 1, 2, 3):
         slurm.comes(str(jobs[index].job_id), "COMPLETED", seconds=900)
-    found = states(manifest, cluster.ask([job.job_id for job in jobs]))
+    found = states(manifest, cluster.words([job.job_id for job in jobs]))
     assert [state.state for state in found] == ["completed"] * 4 + ["failed", "cancelled"]
     assert "killed" in (found[4].reason or "")
     monkeypatch.delenv("TRAINYARD_CHECKPOINT_FAULT")

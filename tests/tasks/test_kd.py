@@ -61,7 +61,7 @@ def teacher(seed: int = 1, *, look: Look = IMAGENET, features: bool = False, nam
 
 
 def task(student: nn.Module, cfg: KdConfig, *teachers: Teacher) -> Kd:
-    return Kd(student, cfg, teachers, 10, student_width=int(student.num_features))  # type: ignore[arg-type]
+    return Kd(student, cfg, teachers, CLASSES, student_width=int(student.num_features))  # type: ignore[arg-type]
 
 
 # --- against timm and the formulas ---------------------------------------------------------------------------------------
@@ -352,3 +352,5 @@ def test_unlabelled_images_are_enough(trained, tmp_path):
     )
     assert result["metric"] == "val/loss"
     assert set(result["last"]) == {"step", "epoch", "val/loss", "val/seconds"}
+    first, last = (result["history"][i]["val/loss"] for i in (0, -1))
+    assert last < first, "it comes closer to its teacher"

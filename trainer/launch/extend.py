@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from trainer.config import Resume, RunConfig
+from trainer.config import Resume, RunConfig, stage_runs
 from trainer.errors import ConfigError, Problem
 from trainer.identity import differences
 from trainer.launch import diagnose
@@ -85,4 +85,4 @@ def total_steps(run: RunConfig) -> int:
         return run.loop.steps
     num_train = run.dataset.facts().num_train
     assert num_train is not None, "data that are not known before they are read have loop.steps"
-    return (run.loop.epochs or run.loop.default_epochs) * steps_per_epoch(run, num_train)
+    return sum(stage.loop.num_epochs * steps_per_epoch(stage, num_train) for stage in stage_runs(run))

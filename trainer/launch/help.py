@@ -14,17 +14,19 @@ from omegaconf import MISSING
 
 from trainer.config import RunConfig
 from trainer.config.fields import allowed, as_override, field_problems, type_in_words
+from trainer.config.launcher import LauncherConfig
 from trainer.errors import ConfigError
 from trainer.launch.compose import Composed, choices, hydra_loader
 from trainer.launch.diagnose import with_fix
 from trainer.launch.origin import origins
-from trainer.launch.resolve import displace, to_run
+from trainer.launch.resolve import displace, to_object, to_run
 
 USAGE = """\
 python launch.py [group=choice ...] [key=value ...]
 
 One run: its groups are chosen by name, its settings set by key; the command line wins over YAML.
---cfg job shows the composed config, -m key=1,2,3 starts a job for each value; more: --hydra-help.
+--cfg job shows the composed config, -m key=1,2,3 starts a job for each value, here or on SLURM (--help hydra/launcher=slurm);
+more: --hydra-help.
 Completion: eval "$(python launch.py -sc install=bash)". What is not training: python -m trainer."""
 
 
@@ -41,6 +43,8 @@ def explain(composed: Composed, width: int = 100, *, bold: bool = False) -> str:
         raise ConfigError(*(with_fix(p, composed.before) for p in problems))
     page = _Page(width, bold, origins(composed), composed, displaced)
     lines = [USAGE, "", *page.groups(), *page.settings(run)]
+    if any(line.startswith("hydra/launcher=") for line in composed.lines):
+        lines += page.launcher()
     return "\n".join(lines)
 
 
@@ -83,9 +87,17 @@ class _Page:
             yield from self._wrapped(_doc(type(part)) or _doc(hints[f.name]))
             yield from self._fields(part, f.name)
 
+    def launcher(self) -> Iterator[str]:
+        """The settings of a launcher of ours; Hydra's own explain themselves in --hydra-help."""
+        settings = to_object(self.composed.hydra.launcher)
+        if isinstance(settings, LauncherConfig):
+            yield "\n" + self._strong(f"hydra/launcher={self.composed.hydra.runtime.choices['hydra/launcher']}")
+            yield from self._wrapped(_doc(type(settings)))
+            yield from self._fields(settings, "hydra.launcher")
+
     def _fields(self, config: Any, at: str) -> Iterator[str]:
         hints = get_type_hints(type(config))
-        for f in dataclasses.fields(config):
+        for f in (f for f in dataclasses.fields(config) if f.metadata):  # what has no meaning to a user is Hydra's
             value, key = getattr(config, f.name), f"{at}.{f.name}"
             if dataclasses.is_dataclass(value):
                 yield from self._fields(value, key)

@@ -23,6 +23,7 @@ from trainer.errors import ConfigError, Problem
 from trainer.launch.axes import expand, is_sweep, key_of
 from trainer.launch.compose import Composed, Composer, apply_to, checked, parse_line
 from trainer.launch.draw import drawn
+from trainer.launch.quick import Quick
 from trainer.launch.resolve import to_object
 from trainer.launch.resources import resources_for
 from trainer.rundir import run_directory
@@ -135,21 +136,69 @@ def checked_jobs(
     """The jobs with these lines of their own, and what is wrong with them."""
     jobs: list[Planned] = []
     found: dict[tuple[str, str, str], tuple[Problem, list[int]]] = {}
+    workshop = _Workshop(composer, base, settings)
     for index, own in enumerate(swept):
-        try:
-            composed = composer.compose([*base, *own])
-            resources = resources_for(composed, settings)
-            with as_if(ranks_of(settings, resources)):
-                run, problems = checked(composed)
-        except ConfigError as error:
-            run, problems, resources = None, [p for p in error.problems if isinstance(p, Problem)], {}
+        job, problems = workshop.made(own)
         for problem in problems:
             found.setdefault((problem.key, str(problem.value), problem.reason), (problem, []))[1].append(index)
-        if run is not None:
-            jobs.append(Planned(own, _group(own), run, resources))
+        if job is not None:
+            jobs.append(job)
         if len(found) >= MOST_PROBLEMS:
             break
     return jobs, [_located(problem, indices, swept) for problem, indices in found.values()]
+
+
+class _Workshop:
+    """Makes jobs, the quick way where it can."""
+
+    def __init__(self, composer: Composer, base: list[str], settings: LauncherConfig) -> None:
+        self._composer, self._base, self._settings = composer, base, settings
+        self._quick: dict[tuple[str, ...], Quick | None] = {}  # by the choices of a job; None where there is no quick way
+
+    def made(self, own: list[str]) -> tuple[Planned | None, list[Problem]]:
+        """A job, where it could be made, and everything wrong with it."""
+        return self._quickly(own) or self._at_length(own)
+
+    def _quickly(self, own: list[str]) -> tuple[Planned, list[Problem]] | None:
+        """None where there is something wrong, or something that is not plain."""
+        from trainer.validation import problems_of
+
+        try:
+            overrides = {line: parse_line(line) for line in own}
+        except HydraException:
+            return None
+        choices = tuple(
+            line for line in own if not isinstance(overrides[line].value(), int | float) and "." not in overrides[line].key_or_group
+        )
+        if choices not in self._quick:
+            self._quick[choices] = self._started(choices)
+        quick = self._quick[choices]
+        if quick is None:
+            return None
+        with quick.applied([override for line, override in overrides.items() if line not in choices]) as run:
+            if run is None:
+                return None
+            resources = resources_for(quick.composed, self._settings)
+            with as_if(ranks_of(self._settings, resources)):
+                return None if any(problems_of(run)) else (Planned(own, _group(own), run, resources), [])
+
+    def _started(self, choices: Sequence[str]) -> Quick | None:
+        try:
+            composed = self._composer.compose([*self._base, *choices])
+            run, problems = checked(composed)
+        except ConfigError:
+            return None
+        return None if problems or run is None else Quick(composed, run)
+
+    def _at_length(self, own: list[str]) -> tuple[Planned | None, list[Problem]]:
+        try:
+            composed = self._composer.compose([*self._base, *own])
+            resources = resources_for(composed, self._settings)
+            with as_if(ranks_of(self._settings, resources)):
+                run, problems = checked(composed)
+        except ConfigError as error:
+            return None, [p for p in error.problems if isinstance(p, Problem)]
+        return None if run is None else Planned(own, _group(own), run, resources), problems
 
 
 def ranks_of(settings: LauncherConfig, resources: dict[str, Any]) -> int | None:

@@ -65,7 +65,7 @@ def append(manifest: Manifest, jobs: Sequence[Planned]) -> list[Job]:
         if directory.is_finished():
             job.state = "completed"
         else:
-            directory.write_config(run)
+            directory.write_config(run, durable=False)
             directory.status("queued", reason=None, job_id=None, sweep=os.path.relpath(manifest.path.absolute(), directory.path.absolute()))
         manifest.jobs.append(job)
         added.append(job)

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
-_TIMEOUT = 10.0  # seconds
+_TIMEOUT = 5.0  # seconds
+_FRESH = 15.0  # seconds an answer is good for
 _STATES = {
     "PENDING": "queued", "CONFIGURING": "queued", "REQUEUED": "queued", "REQUEUE_HOLD": "held", "REQUEUE_FED": "queued", "SPECIAL_EXIT": "held",
     "RUNNING": "running", "COMPLETING": "running", "SUSPENDED": "running", "STOPPED": "running", "STAGE_OUT": "running", "SIGNALING": "running",
@@ -22,6 +24,20 @@ _STATES = {
 def ask(job_ids: Sequence[str | None]) -> dict[str, str]:
     """Our word for the state of each job that SLURM knows: squeue first, sacct for what has left the queue."""
     return {job: in_our_words(word) for job, word in words(job_ids).items()}
+
+
+_asked: tuple[float, tuple[str, ...], dict[str, str]] = (float("-inf"), (), {})
+
+
+def recently(job_ids: Sequence[str | None]) -> dict[str, str]:
+    """`words`, at most every few seconds: for those who look again and again."""
+    global _asked
+    wanted = tuple(sorted(filter(None, job_ids)))
+    when, whom, answer = _asked
+    if wanted and (whom != wanted or time.monotonic() - when > _FRESH):
+        answer = words(wanted)
+        _asked = (time.monotonic(), wanted, answer)
+    return answer if wanted else {}
 
 
 def in_our_words(word: str) -> str:

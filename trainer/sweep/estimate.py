@@ -11,7 +11,7 @@ from trainer.config import RunConfig
 from trainer.errors import TrainyardError
 from trainer.identity import differences
 from trainer.rundir import RunDirectory
-from trainer.validation import total_steps
+from trainer.validation import steps_per_epoch
 
 _MOST_LOOKED_AT = 40  # finished runs of a name, the newest first
 _FREE = ("seed", "init_from", "optimizer.", "scheduler.", "loop.", "augmentation.", "debug.", "task.")
@@ -65,6 +65,17 @@ class History:
         if folder not in self._by_name:
             self._by_name[folder] = list(_speeds(folder))
         return self._by_name[folder]
+
+
+def total_steps(run: RunConfig) -> int | None:
+    """Optimizer steps of the whole run; None where nobody knows yet how many images there are."""
+    if run.loop.steps is not None:
+        return run.loop.steps
+    try:
+        num_train = run.dataset.facts().num_train
+    except (TrainyardError, OSError):
+        return None
+    return None if num_train is None else run.loop.num_epochs * steps_per_epoch(run, num_train)
 
 
 def _speeds(folder: Path) -> Iterator[Speed]:

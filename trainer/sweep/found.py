@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 
 from trainer.errors import ConfigError, Problem
 from trainer.rundir import RunDirectory
+from trainer.sweep.cluster import recently
 from trainer.sweep.configs import read_plain, settings
-from trainer.sweep.manifest import FILE, Job, Manifest, State, state_of
+from trainer.sweep.manifest import FILE, OPEN, Job, Manifest, State, state_of
 
 DEPTH = 4  # folders below a path that are looked through for runs: runs/<name>/<version>-<hash>, and a name may hold a slash
 REPRODUCTION = "reproduces.json"  # marks a run that repeats another: it is no seed of its own
@@ -109,7 +110,8 @@ def find(paths: Sequence[Path | str], verb: str = "report") -> Found:
         for kind in held:
             if isinstance(kind, Manifest):
                 sweeps.append(kind)
-                found += (_run(kind.directory(job), job) for job in kind.jobs)
+                at_slurm = recently([job.job_id for job in kind.jobs if job.state in OPEN]) if kind.launcher == "slurm" else None
+                found += (_run(kind.directory(job), job, at_slurm) for job in kind.jobs)
             else:
                 found.append(_run(kind))
         if not held:
@@ -153,9 +155,9 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() or (path / "status.json").is_file()
 
 
-def _run(directory: RunDirectory, job: Job | None = None) -> Run:
+def _run(directory: RunDirectory, job: Job | None = None, at_slurm: Mapping[str, str] | None = None) -> Run:
     if job is not None:
-        state = state_of(job, directory)
+        state = state_of(job, directory, at_slurm)
         if state.state == "queued" and job.attempts and not directory.path.exists():
             state = State("missing", f"{directory} is gone")
         return Run(directory, job, state)

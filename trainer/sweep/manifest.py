@@ -19,6 +19,7 @@ from trainer.errors import ConfigError, Problem
 from trainer.files import storage_error, write_atomically
 from trainer.lock import Busy, Heart, Lock, live_holder
 from trainer.rundir import RunDirectory
+from trainer.sweep.cluster import in_our_words
 
 VERSION = 1
 FILE = "manifest.json"
@@ -217,7 +218,7 @@ def states(manifest: Manifest, cluster: Mapping[str, str] | None = None) -> list
     """The effective state of every job, in the manifest's order.
 
     Args:
-        cluster: what SLURM says of job ids (`trainer.sweep.cluster.ask`), where it could be asked; for jobs that have no
+        cluster: SLURM's words for job ids (`trainer.sweep.cluster.words`), where it could be asked; for jobs that have no
             process of theirs to speak for them.
     """
     return [state_of(job, manifest.directory(job), cluster) for job in manifest.jobs]
@@ -228,9 +229,12 @@ def state_of(job: Job, directory: RunDirectory, cluster: Mapping[str, str] | Non
     status = directory.read_status()
     said = status.get("state")
     numbers = {"step": status.get("step") or 0, "total_steps": status.get("total_steps"), "heartbeat": status.get("heartbeat")}
-    at_slurm = (cluster or {}).get(job.job_id or "")
+    word = (cluster or {}).get(job.job_id or "")
+    at_slurm = in_our_words(word) if word else None
     if said == "completed":
         return State("completed" if directory.result_path.exists() else "interrupted", None, **numbers)
+    if said == "running" and at_slurm in ("failed", "cancelled"):  # of a node that is gone no file could tell for minutes
+        return State(at_slurm, f"SLURM says {word}", **numbers)
     if said == "running":
         if directory.live_writer() is not None:
             return State("running", None, **numbers)
@@ -239,7 +243,7 @@ def state_of(job: Job, directory: RunDirectory, cluster: Mapping[str, str] | Non
         return State(*((job.state, job.reason) if job.state in ("failed", "cancelled", "held") else ("interrupted", _GONE)), **numbers)
     if said in (None, "queued"):  # only the launcher knows
         if at_slurm in STATES and job.state in ("queued", "running"):
-            return State(at_slurm, job.reason or (f"SLURM says {at_slurm}" if at_slurm not in OPEN else None), **numbers)
+            return State(at_slurm, job.reason or (f"SLURM says {word}" if at_slurm not in OPEN else None), **numbers)
         return State("queued" if job.state in ("running", "completed") else job.state, job.reason or status.get("reason"), **numbers)
     if at_slurm == "cancelled" and said in ("preempted", "interrupted"):  # stopped in good order, by scancel
         return State("cancelled", status.get("reason"), **numbers)

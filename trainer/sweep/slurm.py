@@ -25,6 +25,10 @@ from trainer.sweep.manifest import Job, Manifest
 FOLDER, JOBS, SCRIPT = "slurm", "jobs.json", "job.sbatch"
 _MARK = "trainyard:"  # begins the comment by which a job is known again after its launcher has died
 _RENAMED = {"timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
+_END_TIME = [  # SLURM says it by itself since 23.02; a run stops in time for a last checkpoint
+    'end=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)',
+    'case "$SLURM_JOB_END_TIME$end" in 20??-*) export SLURM_JOB_END_TIME=$(date -d "$end" +%s) ;; esac',
+]
 _ON_LINE = {"partition": "partition", "nodes": "nodes", "account": "account", "qos": "qos", "constraint": "constraint", "gres": "gres"}
 
 
@@ -87,7 +91,6 @@ def _submit(manifest: Manifest, batch: Sequence[Job], *, held: bool, canary: boo
     write_atomically(folder / SCRIPT, script(manifest, batch, folder, canary=canary))
     for job in batch:
         job.attempts += 1
-        manifest.directory(job).status("queued", reason=None)
     manifest.save()
     command = ["sbatch", "--parsable", *(["--hold"] if held else []), str(folder / SCRIPT)]
     done = subprocess.run(command, capture_output=True, text=True, env=cluster.clean_environment(), cwd=_cwd(manifest))
@@ -114,6 +117,7 @@ def script(manifest: Manifest, batch: Sequence[Job], folder: Path, *, canary: bo
         f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         f'run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / "directories"))})',
     ]
+    before += _END_TIME
     if settings.get("cpus_per_task"):
         before.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # since 22.05 srun does not inherit it")
     after = ["code=$?", f'exec {python} -P -m trainer.sweep.after "$run" $code {settings["max_requeues"]} {shlex.quote(str(folder))}']

@@ -107,7 +107,7 @@ def _is_sweep(directory: str) -> bool:
 
 
 def _at_slurm(manifest: Manifest) -> dict[str, str] | None:
-    return cluster.ask([job.job_id for job in manifest.jobs]) if manifest.launcher == "slurm" else None
+    return cluster.words([job.job_id for job in manifest.jobs]) if manifest.launcher == "slurm" else None
 
 
 def _is_left(job: Job, state: State, named: Sequence[int]) -> bool:

@@ -22,7 +22,7 @@ def watch(manifest: Manifest) -> int:
             manifest = Manifest.load(manifest.path)  # a canary may have held some of them
             asked, at_slurm = time.monotonic(), cluster.words([job.job_id for job in manifest.jobs])
         ours = {job: cluster.in_our_words(word) for job, word in at_slurm.items()}
-        found = states(manifest, ours)
+        found = states(manifest, at_slurm)
         for job, before, now in zip(manifest.jobs, known, found, strict=True):
             if before is None or before.state != now.state:
                 print(f"[{job.index}] {job} {describe(manifest.directory(job), now)}", flush=True)

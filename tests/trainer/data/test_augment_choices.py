@@ -55,7 +55,9 @@ class FramedPictures(Pictures):
 
 def configured(name: str, **changes: Any) -> AugmentationConfig:
     own = yaml.safe_load((CONF / f"{name}.yaml").read_text())
-    run = OmegaConf.create({"augmentation": own, "dataset": {"image_size": Dataset.image_size}, "model": {}})  # some values follow from these
+    run = OmegaConf.create(
+        {"augmentation": own, "dataset": {"image_size": Dataset.image_size}, "model": {}}
+    )  # some values follow from these
     values: Any = OmegaConf.to_container(run.augmentation, resolve=True)
     chosen = values.pop("defaults")[0].removesuffix("_schema")
     return schemas("augmentation")[chosen](**{**values, **changes})

@@ -111,9 +111,9 @@ def test_the_run_directory_has_the_last_word(sweep):
     directory = sweep.directory(sweep.jobs[0])
     assert [s.state for s in states(sweep)] == ["queued", "failed"]
     directory.status("queued", job_id="12_0")
-    assert states(sweep, {"12_1": "running"})[0].state == "queued"
+    assert states(sweep, {"12_1": "RUNNING"})[0].state == "queued"
     sweep.jobs[0].job_id = "12_0"
-    assert states(sweep, {"12_0": "cancelled"})[0].state == "cancelled"  # SLURM knows what never began
+    assert states(sweep, {"12_0": "CANCELLED"})[0].state == "cancelled"  # SLURM knows what never began
     with directory.claim():
         directory.status("running", step=3, total_steps=9)
         found = states(sweep)[0]
@@ -134,4 +134,5 @@ def test_a_run_whose_process_is_gone_does_not_run(sweep):
     assert sweep.directory(sweep.jobs[0]).read_status()["state"] == "running"
     assert (states(sweep)[0].state, states(sweep)[0].reason) == ("interrupted", "its process is gone")
     sweep.jobs[0].job_id = "7"
-    assert states(sweep, {"7": "queued"})[0].state == "queued"  # SLURM starts it again
+    assert states(sweep, {"7": "PENDING"})[0].state == "queued"  # SLURM starts it again
+    assert (states(sweep, {"7": "NODE_FAIL"})[0].state, states(sweep, {"7": "NODE_FAIL"})[0].reason) == ("failed", "SLURM says NODE_FAIL")
