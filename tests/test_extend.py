@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.test_exact import MODELS, SHORT, assert_same_run, last, run, stop_after
 from trainer.errors import ConfigError, Stopped
@@ -111,6 +112,20 @@ def test_one_writer(done):
     finally:
         lock.release()
     assert not RunDirectory(done).extensions()
+
+
+def test_the_best_is_of_one_metric_and_the_end_that_was_chosen(tmp_path):
+    """Of an error, less is better; unless somebody says otherwise."""
+    for mode, choose in (("min", min), ("max", max)):
+        result = run(tmp_path / mode, *VIT, "loop.best_metric=val/loss", f"loop.best_mode={mode}")
+        losses = {row["step"]: row["val/loss"] for row in result["history"]}
+        assert (result["metric"], result["mode"], result["best"]["step"]) == (
+            "val/loss",
+            mode,
+            choose(losses, key=lambda step: losses[step]),
+        )
+        best = torch.load(tmp_path / mode / "checkpoints" / "best.pt", weights_only=True)
+        assert best["step"] == result["best"]["step"] and best["config"]["loop"]["best_mode"] == mode, "hyper-parameters are in it"
 
 
 # --- clean --------------------------------------------------------------------------------------------------------------

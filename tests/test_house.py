@@ -22,7 +22,7 @@ LAYERS = tuple(
         "lock rundir environment vote watchdog rendezvous distributed signals log data validation",
         "checkpoint ema adamw optim models pyramid mit fusion update state evaluation weights inference debug parts labels",
         "engine",
-        "build feeds stages lr_finder batch_finder recorder run evaluate predict export",
+        "build feeds stages lr_finder batch_finder recorder run evaluate export knn",
         "sweep",
         "launch __main__",
     )

@@ -282,6 +282,19 @@ def test_several_folders_of_yaml(tmp_path: Path):
     assert compose_run(f"hydra.searchpath=[file://{tmp_path}/one]", "optimizer=two", config_dir=str(tmp_path / "two")).optimizer.lr == 0.5
 
 
+def test_several_files_over_the_defaults_the_later_ones_win(tmp_path: Path):
+    """As `--cfg-files default first second` of other tools: keys that a file does not have stay what they were, lists are replaced."""
+    (tmp_path / "experiment").mkdir()
+    for name, text in (
+        ("base", "name: kbr\nversion: '42'\nloop: {epochs: 3}\noptimizer: {lr: 0.25, no_decay: [bias]}\n"),
+        ("mine", "optimizer: {lr: 0.5}\n"),
+    ):
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    run = compose_run("experiment=[base,mine]", "seed=42", config_dir=str(tmp_path))
+    assert (run.name, run.version, run.loop.epochs, run.optimizer.lr, run.optimizer.no_decay) == ("kbr", "42", 3, 0.5, ["bias"])
+    assert compose_run("experiment=[mine,base]", config_dir=str(tmp_path)).optimizer.lr == 0.25
+
+
 def test_the_jobs_of_a_sweep_are_hydras():
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import assert_same_run, last
-from trainer.launch import evaluate
+from trainer import load_model
+from trainer.launch import evaluate, export
 from trainer.launch.compose import CONF, compose_run
 from trainer.run import train
 from trainer.rundir import RunDirectory
@@ -20,14 +22,8 @@ LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "lo
           "scheduler.warmup_epochs=0"]  # fmt: skip
 SMALL: dict[str, list[str]] = {  # a task's own way of being small; all its features stay on
     # A plain transformer: the default one's batch statistics are each rank's own.
-    "part_discovery": [
-        "model=timm",
-        "model.name=test_vit",
-        "model.patch_size=8",
-        "dataset.image_size=32",
-        "dataset.num_val=18",
-        "task.threshold_quantile=0.05",
-    ],
+    "part_discovery": ["model=timm", "model.name=test_vit", "model.patch_size=8", "dataset.image_size=32", "dataset.num_val=18", "task.gumbel=true",
+                       "task.threshold_quantile=0.05"],
     "classification": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "augmentation.mixup=0.2"],
     "detection": ["model=timm", "model.name=test_convnext", "dataset.image_size=64", "dataset.num_val=17", "task.width=32", "task.score_threshold=0"],
     "dino": ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16", "task.method=dinov2", "task.out_dim=32",
@@ -85,3 +81,6 @@ def test_every_task_is_measured_again_as_it_was(task: str, tmp_path: Path):
     again = json.loads((tmp_path / "run" / "evaluations" / "again" / "scores.json").read_text())
     timeless = lambda scores: {k: v for k, v in scores.items() if k.startswith("val/") and "seconds" not in k}  # noqa: E731
     assert timeless(again) == pytest.approx(timeless(last_scores), rel=1e-6, nan_ok=True)
+    model: Any = load_model(tmp_path / "run", checkpoint="last")
+    assert callable(model.transform) and model.classes is not None
+    assert export.main([str(tmp_path / "run"), "checkpoint=last"]) == 0, "its weights in a file, with the outputs of the original"

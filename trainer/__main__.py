@@ -39,6 +39,7 @@ VERBS = {  # verb -> (module:function, what it does)
         "trainer.launch.evaluate:main",
         "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's network measured as in validation, on these or other data",
     ),
+    "knn": ("trainer.launch.knn:main", "RUN_DIR [OVERRIDES] [checkpoint=best]: a run's features judged by nearest neighbours"),
     "predict": (
         "trainer.launch.predict:main",
         "RUN_DIR FOLDER [checkpoint=best]: what a run's network finds in images, as a table and a contact sheet",

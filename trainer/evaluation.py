@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.probe import knn_scores
@@ -35,17 +34,6 @@ def all_cat(x: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[: int(count.item())] for part, count in zip(parts, counts, strict=True)])
-
-
-def scores_of_logits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy, and whether the label is the best and among the best five, of each image, [N] each."""
-    logits = logits.float()  # [N, C]
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)  # [N, 5]
-    return {
-        "loss": F.cross_entropy(logits, labels, reduction="none"),
-        "top1": hits[:, 0].float(),
-        "top5": hits.any(1).float(),
-    }
 
 
 class Mean:

@@ -48,7 +48,7 @@ class Parcel:
     run: RunConfig
     metadata: Mapping[str, Any]
     pixels: Tensor  # uint8 [N, C, S, S]: real images to check with
-    expected: Sequence[Tensor]  # what the original makes of them, by its own preprocessing
+    original: Callable[[Tensor], Sequence[Tensor]]  # what the run's own network makes of pixels, by its own preprocessing
 
     @property
     def package(self) -> nn.Module:
@@ -108,7 +108,7 @@ def export(parcel: Parcel, kind: str, path: Path) -> float:
             warnings.simplefilter("ignore")  # exporters warn of their own innards; what counts is compared below
             _quietly(kind, lambda: form.write(parcel, partial))
             program = form.read(parcel, partial)
-            difference = _difference(kind, program, parcel.pixels, parcel.expected)
+            difference = _difference(kind, program, parcel.pixels, parcel.original)
         partial.replace(path)
     except OSError as error:
         raise storage_error(path, error) from error
@@ -136,19 +136,20 @@ def _quietly(kind: str, write: Callable[[], None]) -> None:
         logging.disable(level)
 
 
-def _difference(kind: str, program: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor, expected: Sequence[Tensor]) -> float:
+def _difference(
+    kind: str, program: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor, original: Callable[[Tensor], Sequence[Tensor]]
+) -> float:
     """How far the file is from the original, with all images at once and with one of them."""
     worst = 0.0
     for count in dict.fromkeys((len(pixels), 1)):
-        found = program(pixels[:count])
-        if len(found) != len(expected) or any(f.shape[1:] != e.shape[1:] for f, e in zip(found, expected, strict=True)):
-            raise ConfigError(
-                Problem("--format", kind, "the file does not give what the original gives: other shapes", "--format safetensors")
-            )
+        expected, found = original(pixels[:count]), program(pixels[:count])
+        if [f.shape for f in found] != [e.shape for e in expected]:
+            reason = "the file does not give what the original gives: other shapes"
+            raise ConfigError(Problem("--format", kind, reason, "--format safetensors"))
         for ours, theirs in zip(expected, found, strict=True):
-            ours = ours[:count].float()
-            gap = (ours - theirs.float()).abs().max() / ours.abs().max().clamp_min(1e-6)
-            worst = max(worst, gap.nan_to_num(float("inf")).item())
+            if ours.numel():
+                gap = (ours.float() - theirs.float()).abs().max() / ours.float().abs().max().clamp_min(1e-6)
+                worst = max(worst, gap.nan_to_num(float("inf")).item())
     if worst > TOLERANCE:
         reason = f"the file does not give what the original gives: outputs differ by {worst:.1e} of the largest, more than {TOLERANCE:.0e}"
         raise ConfigError(Problem("--format", kind, reason, "--format safetensors"))

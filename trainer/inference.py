@@ -62,11 +62,24 @@ def load_model(path: str | PathLike[str], checkpoint: str | PathLike[str] = "bes
 def dressed(task: Task, run: RunConfig, content: Mapping[str, Any], device: str | torch.device = "cpu") -> nn.Module:
     """The network of a loaded task, in eval mode, with its transform and its classes."""
     network = task.network()
+    if any(hasattr(network, name) for name in ("transform", "classes")):
+        network = Wrapped(network)
     augmentation = task.augmentation(train=False) or run.augmentation.build(run.dataset, train=False)
     # Plain attributes: the network's class is its library's, and its names and state dict stay as they are.
     network.transform = Transform(augmentation, channels=content["channels"], device=torch.device(device))  # type: ignore[assignment]
     network.classes = list(content["classes"])  # type: ignore[assignment]
     return network.to(device).eval().requires_grad_(False)
+
+
+class Wrapped(nn.Module):
+    """A network that has something of its own by one of our names, as torchvision's detectors have a `transform`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.network(*inputs, **named)
 
 
 def load_task(

@@ -63,6 +63,20 @@ class Labelled(Mean):
         return Report(samples=samples, tables=tables, matrices={"confusion": (self.classes, counts.tolist())})
 
 
+def best_five(logits: Tensor, classes: Sequence[str], competing: Tensor | None = None) -> list[list[dict[str, Any]]]:
+    """`Task.predict` of logits [N, C]: the likeliest class of each image, its probability, and the likeliest five."""
+    logits = logits.float()
+    if competing is not None:
+        logits = logits.masked_fill(~competing, float("-inf"))
+    values, places = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)  # [N, 5]
+    found = []
+    for shares, labels in zip(values.tolist(), places.tolist(), strict=True):
+        ranked = [(classes[label], share) for label, share in zip(labels, shares, strict=True) if share > 0]
+        top = "; ".join(f"{name} {share:.4f}" for name, share in ranked)
+        found.append([{"predicted": ranked[0][0], "confidence": ranked[0][1], "top5": top}])
+    return found
+
+
 def confusion(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """How often a class [rows] was taken for another [columns], [C, C] int64."""
     flat = torch.bincount(labels.cpu() * num_classes + predicted.cpu(), minlength=num_classes**2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -50,7 +50,7 @@ def freeze(task: Task, loop: LoopConfig) -> None:
     for name, parameter in task.named_parameters():
         if name in names:
             parameter.requires_grad_(False)
-    task.held = tuple(held)
+    task.held = (*task.held, *held)
     if names and not any(p.requires_grad for p in task.parameters()):
         key, value = ("loop.freeze", loop.freeze) if loop.freeze else ("loop.freeze_to", loop.freeze_to)
         raise ConfigError(Problem(key, value, "freezes every parameter: nothing would be trained", f"{key}={BACKBONE}"))
@@ -103,7 +103,7 @@ def _stages(network: nn.Module, count: int) -> set[str]:
         raise ConfigError(Problem("loop.freeze_to", count, reason, "loop.freeze_to=<a part's name>"))
     from timm.models import group_parameters
 
-    stage_of: dict[str, Any] = group_parameters(network, matcher(coarse=True), reverse=True)  # name -> number
+    stage_of = cast("dict[str, int]", group_parameters(network, matcher(coarse=True), reverse=True))
     last = max(stage_of.values())
     if count > last:
         reason = f"{type(network).__name__} has {last} stages before its head"

@@ -37,7 +37,7 @@ class Pyramid(nn.Module):
     plain = False
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """[N, C, H, W] -> maps [N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])]."""
+        """[N, C, H, W] -> maps [N, channels[i], H / strides[i], W / strides[i]], of images whose sides are multiples of the coarsest stride."""
         raise NotImplementedError
 
     def depths(self) -> dict[str, int]:
@@ -70,7 +70,7 @@ class TimmPyramid(Pyramid):
     def depths(self) -> dict[str, int]:
         from timm.models import group_parameters
 
-        layers: dict[str, int] = group_parameters(self.net, cast(Any, self.net).group_matcher(coarse=True), reverse=True)  # type: ignore[assignment]
+        layers: Any = group_parameters(self.net, cast(Any, self.net).group_matcher(coarse=True), reverse=True)  # name -> layer
         of_module = {name.rpartition(".")[0]: int(layer) for name, layer in layers.items()}
         found = {f"net.{name}": int(layer) for name, layer in layers.items()}
         # Running statistics go with the weights beside them.
@@ -81,6 +81,8 @@ def timm_pyramid(cfg: TimmModel, strides: Sequence[int], *, image_size: int, in_
     """Maps of the asked strides; of a network of patches, its one map, of which others are to be made."""
     import timm
 
+    if cfg.input_multiple:
+        _check_patches(cfg, cfg.input_multiple)
     metadata = timm.models.get_pretrained_cfg(cfg.name) if ":" not in cfg.name and timm.is_model(cfg.name.partition(".")[0]) else None
     fixed = None
     if metadata is not None and metadata.fixed_input_size:
@@ -123,7 +125,7 @@ def _check_patches(cfg: ModelConfig, patch: int) -> None:
 # --- torchvision --------------------------------------------------------------------------------------------------------
 
 
-class TorchvisionPyramid(nn.ModuleDict, Pyramid):
+class TorchvisionPyramid(Pyramid):
     """The parts of a network of torchvision's, one after the other, under torchvision's names."""
 
     def __init__(
@@ -135,12 +137,14 @@ class TorchvisionPyramid(nn.ModuleDict, Pyramid):
         *,
         channels_last: bool,
     ) -> None:
-        nn.ModuleDict.__init__(self, parts)
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
         self.ends, self.channels, self.strides, self.nhwc = list(ends), tuple(channels), tuple(strides), channels_last
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = []
-        for name, part in self.items():
+        for name, part in self.named_children():
             images = part(images)
             if name in self.ends:
                 maps.append(images.permute(0, 3, 1, 2).contiguous() if self.nhwc else images)
@@ -148,7 +152,7 @@ class TorchvisionPyramid(nn.ModuleDict, Pyramid):
 
     def depths(self) -> dict[str, int]:
         order, depth = {}, 0
-        for name, part in self.items():
+        for name, part in self.named_children():
             # ResNets keep what comes before their first stage apart; elsewhere a stage is what ends in a map.
             depth += name.startswith("layer")
             order |= dict.fromkeys((f"{name}.{n}" for n in part.state_dict()), depth)
@@ -160,11 +164,11 @@ def torchvision_pyramid(cfg: TorchvisionModel, strides: Sequence[int], *, image_
     """Maps of the asked strides out of any of torchvision's networks that goes from part to part."""
     net = models.build_torchvision(cfg, num_classes=0, image_size=max(image_size, PROBE), in_channels=in_channels)
     if isinstance(features := getattr(net, "features", None), nn.Sequential):
-        parts = OrderedDict(features.named_children())
+        parts: OrderedDict[str, nn.Module] = OrderedDict(features.named_children())
     elif hasattr(net, "layer4"):
         parts = OrderedDict((name, part) for name, part in net.named_children() if name not in ("avgpool", "fc"))
     elif hasattr(net, "trunk_output"):  # RegNet
-        parts = OrderedDict([("stem", net.stem), *((f"{name}", part) for name, part in cast(nn.Module, net.trunk_output).named_children())])
+        parts = OrderedDict([("stem", cast(nn.Module, net.stem)), *cast(nn.Module, net.trunk_output).named_children()])
     else:
         reason = "goes from patches to a class without maps in between, or by branches that cannot be followed"
         raise ConfigError(Problem("model.name", cfg.name, reason, "model=timm model.name=<timm's name of it>, or model=resnet50"))

@@ -63,7 +63,9 @@ class Recorder:
     def validated(self, scores: dict[str, float]) -> None:
         state = self.state
         row = {"step": state.step, "epoch": self.epoch, **self.labels, **scores}
-        is_best = self._is_best(scores)
+        if self.metric.startswith("train/") and (mean := self.journal.totals.mean(self.metric)) is not None:  # the main rank knows
+            row[self.metric] = mean
+        is_best = self._is_best(row)
         if is_best:
             state.best = row
             self.best_is_unsaved = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -162,7 +162,7 @@ class Task(nn.Module, ABC):
     def after_update(self, progress: Progress) -> None:
         """The optimizers have stepped. EMA teachers move here."""
 
-    def train(self, mode: bool = True) -> Task:
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for part in self.held:
             part.eval()

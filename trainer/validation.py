@@ -141,9 +141,12 @@ def ranks(run: RunConfig, facts: Facts) -> Iterator[Problem]:
 def names(run: RunConfig, facts: Facts) -> Iterator[Problem]:
     """Texts that others will read: metric names, weights to start from, W&B's ids."""
     metric = run.loop.best_metric
-    if metric is not None and not metric.startswith("val/"):
+    if metric is not None and not metric.startswith("val/") and metric != "train/loss":
         yield Problem(
-            "loop.best_metric", metric, "must be a validation metric, as val/top1", f"loop.best_metric=val/{metric.rpartition('/')[2]}"
+            "loop.best_metric",
+            metric,
+            "must be a validation metric, as val/top1, or train/loss",
+            f"loop.best_metric=val/{metric.rpartition('/')[2]}",
         )
     start = run.init_from
     if start is not None and start != "timm:pretrained" and not Path(start).expanduser().exists():
@@ -246,7 +249,7 @@ def _length(run: RunConfig, num_train: int) -> Iterator[Problem]:
 
 RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
 
-RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, readers, length)
+RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, stages, readers, length)
 """What is of no matter to a run whose weights are there already."""
 
 
@@ -280,6 +283,8 @@ def warnings_of(run: RunConfig) -> Iterator[str]:
     wandb = run.logger.wandb
     if not wandb.enabled and (wandb.resume_id or wandb.watch):
         yield "logger.wandb: settings without effect, as W&B is off; logger=wandb turns it on"
+    if run.loop.freeze_to is not None and run.init_from is None and not run.model.pretrained:
+        yield f"loop.freeze_to={run.loop.freeze_to}: what it freezes is untrained, as neither init_from nor model.pretrained is set"
     if run.init_from is not None and run.model.pretrained:
         yield f"init_from={run.init_from}: replaces the weights that model.pretrained=true fetches"
 

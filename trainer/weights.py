@@ -258,7 +258,7 @@ def _matched(weights: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dic
 def _prefixes(name: str) -> list[str]:
     """ "", "a.", "a.b." … of "a.b.c"."""
     parts = name.split(".")
-    return ["".join(f"{part}." for part in parts[:n]) for n in range(min(len(parts), 4))]
+    return ["".join(f"{part}." for part in parts[:n]) for n in range(min(len(parts), 5))]
 
 
 def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -140,7 +140,9 @@ def kd(how: str, measure: str = "time") -> Callable[[], float]:
     stream = batches(64, CROWD)
     if how == "ours":
         look = Look(64, (0.5,), (0.5,))
-        block = engine(Kd(student, KdConfig(), [Teacher(master, look, look, name="ViT-S", features=False)], 10), stream)
+        block = engine(
+            Kd(student, KdConfig(), [Teacher(master, look, look, name="ViT-S", features=False)], [str(c) for c in range(10)]), stream
+        )
     else:
         if how == "hand":
             master.requires_grad_(False)

@@ -39,6 +39,15 @@ class ClassificationConfig(TaskConfig):
         choices=["none", "flip", "crops"],
     )
 
+    mesa_weight: float = setting(
+        0.0,
+        "weight of MESA (arXiv:2205.14083, sec. 4.2): a divergence from the softened predictions of an average of the network's own weights, which makes for flat minima; 0 = off",
+        ge=0,
+    )
+    mesa_start: float = setting(5.0, "epochs before MESA begins", ge=0)
+    mesa_decay: float = setting(0.9995, "decay per optimizer step of the average that MESA compares with", ge=0, lt=1)
+    mesa_temperature: float = setting(5.0, "temperature that both predictions are softened with", gt=0)
+
     def build(self, run: RunConfig, data: DataInfo) -> Classification:
         from tasks.classification.task import Classification
 

@@ -25,3 +25,10 @@ def binary_cross_entropy(
         soft = (soft > threshold).to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, soft, reduction="none")  # [N, C]
     return (losses.sum(1) if total else losses.mean(1)).mean()
+
+
+def divergence(logits: Tensor, reference: Tensor, temperature: float) -> Tensor:
+    """KL(reference || logits), both softened, mean over images (arXiv:2205.14083, sec. 4.2). [N, C] each."""
+    log_p = F.log_softmax(logits.float() / temperature, dim=1)
+    log_q = F.log_softmax(reference.float() / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tasks.classification.config import ClassificationConfig
-from tasks.classification.losses import binary_cross_entropy
-from trainer.labels import Labelled, label_scores
+from tasks.classification.losses import binary_cross_entropy, divergence
+from trainer.labels import Labelled, best_five, label_scores
 from trainer.task import Batch, Progress, StepOutput, Task
 
 
@@ -23,6 +24,10 @@ class Classification(Task):
         super().__init__()
         self.model = model
         self.cfg = cfg
+        self.follower: nn.Module | None = None  # MESA's average of the network
+        if cfg.mesa_weight:
+            self.follower = copy.deepcopy(model).requires_grad_(False)
+            self.held = (self.follower,)
         self.classes = list(classes)
         self.tta = cfg.tta
         self.competing: Tensor | None = None  # [C] bool; None = all classes
@@ -33,10 +38,36 @@ class Classification(Task):
         # Mixup and cutmix leave soft targets [N, C] beside the labels; accuracy is then against the stronger partner.
         target = batch.get("target", labels)
         loss = self.loss(logits, target)
+        mesa = self.mesa(batch, logits, progress)
+        if mesa is not None:
+            loss = loss + self.cfg.mesa_weight * mesa
         with torch.no_grad():
             hard = labels if target is labels else target.argmax(1)
             top1 = (logits.argmax(1) == hard).float().mean()
-        return StepOutput(loss, {"top1": top1})
+        return StepOutput(loss, {"top1": top1} if mesa is None else {"top1": top1, "loss_mesa": mesa.detach()})
+
+    def mesa(self, batch: Batch, logits: Tensor, progress: Progress) -> Tensor | None:
+        """[] how far the predictions are from those of the network's average; 0 until it begins, None where it is off."""
+        if self.follower is None:
+            return None
+        if progress.epoch < self.cfg.mesa_start:
+            return logits.new_zeros(())
+        with torch.no_grad():
+            reference = self.follower(batch["image"])  # [N, C]
+        return divergence(logits, reference, self.cfg.mesa_temperature)
+
+    def after_update(self, progress: Progress) -> None:
+        if self.follower is None:
+            return
+        # Until it is needed it is the network itself: an average that began with the first weights would be of no use.
+        decay = self.cfg.mesa_decay if progress.epoch >= self.cfg.mesa_start else 0.0
+        own, theirs = self.model.state_dict(), self.follower.state_dict()
+        with torch.no_grad():
+            for name, average in theirs.items():
+                if average.is_floating_point():
+                    average.lerp_(own[name], 1 - decay)
+                else:
+                    average.copy_(own[name])
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         cfg = self.cfg
@@ -66,16 +97,7 @@ class Classification(Task):
         self.competing[list(classes)] = True
 
     def predict(self, batch: Batch) -> list[list[dict[str, Any]]]:
-        logits = self.logits(batch["image"]).float()  # [N, C]
-        if self.competing is not None:
-            logits = logits.masked_fill(~self.competing, float("-inf"))
-        values, places = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)  # [N, 5]
-        found = []
-        for shares, labels in zip(values.tolist(), places.tolist(), strict=True):
-            ranked = [(self.classes[label], share) for label, share in zip(labels, shares, strict=True) if share > 0]
-            top = "; ".join(f"{name} {share:.4f}" for name, share in ranked)
-            found.append([{"predicted": ranked[0][0], "confidence": ranked[0][1], "top5": top}])
-        return found
+        return best_five(self.logits(batch["image"]), self.classes, self.competing)
 
 
 def views_of(images: Tensor, kind: str) -> list[Tensor]:

@@ -112,5 +112,7 @@ class DetectionConfig(TaskConfig):
             )
         if not self.is_rcnn and self.roi_samples is not None:
             yield Problem("task.roi_samples", self.roi_samples, f"{self.detector} has no proposals", "task.roi_samples=null")
-        if self.detector in ("fcos", "retinanet_v2") and self.width_at(size) % 32:
-            yield Problem("task.width", self.width, f"{self.detector} normalises in 32 groups of channels", "task.width=256")
+        width = self.width_at(size)
+        if self.detector in ("fcos", "retinanet_v2") and (width % 32 or width < 64):
+            reason = f"{self.detector} normalises 32 groups of channels, each of which needs two"
+            yield Problem("task.width", width, reason, "task.width=64, 128 or 256")

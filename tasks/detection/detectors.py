@@ -7,9 +7,11 @@ to put images of different sizes into one batch.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -42,6 +44,16 @@ class Batching(GeneralizedRCNNTransform):
         return image, target
 
 
+class CoarserMaps(LastLevelP6P7):
+    """P6 and P7 in fp32: in bf16 on a CPU, the weights' gradient of a convolution with stride 2 over a map of one place is
+    partly memory that nobody has written (torch 2.15, oneDNN), and small images have such maps."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        with torch.autocast(p[-1].device.type, enabled=False):
+            whole, names = super().forward([p[-1].float()], [c[-1].float()], names)
+        return [*p, *whole[1:]], names
+
+
 class Backbone(nn.Module):
     """A network and the pyramid of equally wide maps on top of it."""
 
@@ -54,14 +66,32 @@ class Backbone(nn.Module):
         return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
 
 
-def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, image_size: int) -> nn.Module:
+class Detector(nn.Module):
+    """torchvision's detector, as the network that a task trains, saves and gives away."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """What timm knows of its backbone's published weights, for `init_from=timm:pretrained`."""
+        body = self.detector.get_submodule("backbone.body")
+        return getattr(getattr(body, "net", None), "pretrained_cfg", None)
+
+    def forward(self, images: Iterable[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """Loss terms by name while it trains; otherwise boxes [D, 4], labels [D] and scores [D] of each image [C, h, w]."""
+        return self.detector(list(images), targets)
+
+
+def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, image_size: int) -> Detector:
     """The detector, with fresh weights in all that is not the backbone's."""
     freeze(pyramid, cfg)
     width = cfg.width_at(image_size)
-    extra = LastLevelMaxPool() if cfg.is_rcnn else LastLevelP6P7(pyramid.channels[-1] if cfg.detector == "retinanet_v2" else width, width)
+    extra = LastLevelMaxPool() if cfg.is_rcnn else CoarserMaps(pyramid.channels[-1] if cfg.detector == "retinanet_v2" else width, width)
     if pyramid.plain:
         if cfg.detector == "retinanet_v2":
-            extra = LastLevelP6P7(width, width)
+            extra = CoarserMaps(width, width)
         fpn: nn.Module = SimplePyramid(pyramid.channels[0], pyramid.strides[0], cfg.strides, width, extra)
     else:
         norm = nn.BatchNorm2d if cfg.detector == "faster_rcnn_v2" else None
@@ -74,7 +104,7 @@ def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, 
             raise
         raise ConfigError(Problem("task.args", cfg.args, f"torchvision's {cfg.detector} refuses them: {error}", "task.args={}")) from error
     detector.transform = Batching()
-    return detector
+    return Detector(detector)
 
 
 def faster_rcnn(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> FasterRCNN:

@@ -22,7 +22,7 @@ def drawn(
     std: Sequence[float],
 ) -> Tensor:
     """uint8 [3, H, W] of a normalised image [C, H, W]: true boxes in green, those found in orange, with class and confidence."""
-    channels = torch.arange(3).clamp(max=image.shape[0] - 1)  # grey is shown grey; of more than three, the first three
+    channels = [min(c, image.shape[0] - 1) for c in range(3)]  # grey is shown grey; of more than three, the first three
     scale = torch.tensor([std[c % len(std)] for c in channels]).view(3, 1, 1)
     shift = torch.tensor([mean[c % len(mean)] for c in channels]).view(3, 1, 1)
     picture = ((image[channels] * scale + shift).clamp(0, 1) * 255).to(torch.uint8)

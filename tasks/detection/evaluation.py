@@ -1,44 +1,45 @@
 """COCO's scores over a validation set, the same whatever the number of ranks and the size of batches.
 
-Every image is detected among images that are padded to its own size, so what is found in it does not depend on its
-company; results are gathered by the images' places in the dataset and scored once.
+Results are gathered by the images' places in the dataset and scored once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.detection.coco import Found, Truth, coco_scores
 from tasks.detection.config import DetectionConfig
 from trainer.task import Batch
 
-DIVISOR = 32  # pixels: torchvision pads a batch to multiples of it
+Detect = Callable[[list[Tensor]], list[dict[str, Tensor]]]  # pictures -> boxes [D, 4], labels [D], scores [D] of each
 
 
 class CocoEvaluator:
     """One pass. Truths and detections are in the pixels of the image files, which is what COCO's sizes are about."""
 
     def __init__(
-        self, model: nn.Module, cfg: DetectionConfig, classes: Sequence[str], *, offset: int, mean: Sequence[float], std: Sequence[float]
+        self, detect: Detect, cfg: DetectionConfig, classes: Sequence[str], *, offset: int, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        self.model, self.cfg, self.classes, self.offset = model, cfg, classes, offset
+        self.detect, self.cfg, self.classes, self.offset = detect, cfg, classes, offset
         self.mean, self.std = mean, std
         self.results: dict[int, tuple[Truth, Found]] = {}  # by place in the dataset
         self.shown: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []  # picture, what was found, true boxes, all on the canvas
         self.seconds = 0.0
 
     def update(self, batch: Batch) -> None:
-        from tasks.detection.task import pictures
+        from tasks.detection.pictures import pictures
 
         images = pictures(batch)
-        found = self._detect(images)
+        started = _now(images[0].device)
+        found = self.detect(images)
+        self.seconds += _now(images[0].device) - started
         self._keep(images, found, batch)
         for i, index in enumerate(batch["index"].tolist()):
             height, width = batch["source_size"][i]
@@ -50,18 +51,6 @@ class CocoEvaluator:
                 ))),
                 Found(_array(result["boxes"].double() * factor, np.float64), _array(result["labels"], np.int64) - self.offset, _array(result["scores"], np.float64)),
             )  # fmt: skip
-
-    def _detect(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """What is found in each image, in batches of images that need the same padding."""
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(images):
-            groups.setdefault(tuple(-(-side // DIVISOR) for side in image.shape[1:]), []).append(i)
-        found: dict[int, dict[str, Tensor]] = {}
-        started = _now(images[0].device)
-        for rows in groups.values():
-            found |= zip(rows, self.model([images[i] for i in rows]), strict=True)
-        self.seconds += _now(images[0].device) - started
-        return [found[i] for i in range(len(images))]
 
     def _keep(self, images: Sequence[Tensor], found: Sequence[dict[str, Tensor]], batch: Batch) -> None:
         for image, result, boxes in zip(images, found, batch["boxes"], strict=True):
@@ -98,6 +87,7 @@ class CocoEvaluator:
 
 
 def _array(x: Tensor, kind: Any) -> np.ndarray:
+    x = x.double() if x.is_floating_point() else x  # numpy knows no bfloat16
     return x.cpu().numpy().astype(kind)
 
 

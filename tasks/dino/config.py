@@ -65,6 +65,10 @@ class DinoConfig(TaskConfig):
     hidden_dim: int = setting(2048, "width of the head's hidden layers", ge=1)
     bottleneck_dim: int = setting(256, "width of the head before its prototypes", ge=1)
     head_layers: int = setting(3, "layers of the head before its prototypes", ge=1)
+    head_batch_norm: bool = setting(
+        False,
+        "batch normalisation in the head's hidden layers: features of small networks, which all look alike at first, are told apart much sooner",
+    )
     norm_last_layer: bool = setting(
         True, "keep the prototypes' lengths at 1; false trains them: better for ViT-S, unstable for larger ones"
     )

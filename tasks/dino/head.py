@@ -28,7 +28,9 @@ class Prototypes(nn.Module):
 class Head(nn.Module):
     """An MLP into a narrow space, its output on the unit sphere, then prototypes (arXiv:2104.14294, app. C)."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, hidden_dim: int, bottleneck_dim: int, layers: int, train_lengths: bool) -> None:
+    def __init__(
+        self, in_dim: int, out_dim: int, *, hidden_dim: int, bottleneck_dim: int, layers: int, train_lengths: bool, batch_norm: bool = False
+    ) -> None:
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
         parts: list[nn.Module] = []
@@ -36,8 +38,10 @@ class Head(nn.Module):
             linear = nn.Linear(widths[i], widths[i + 1])
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-            parts += [linear, nn.GELU()]
-        self.mlp = nn.Sequential(*parts[:-1])
+            parts.append(linear)
+            if i < layers - 1:
+                parts += [nn.BatchNorm1d(widths[i + 1])] * batch_norm + [nn.GELU()]
+        self.mlp = nn.Sequential(*parts)
         self.last_layer = Prototypes(bottleneck_dim, out_dim, train_lengths=train_lengths)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Dino(Task):
         cfg = self.cfg
         return Head(
             self.width, cfg.out_dim, hidden_dim=cfg.hidden_dim, bottleneck_dim=cfg.bottleneck_dim, layers=cfg.head_layers,
-            train_lengths=not cfg.norm_last_layer,
+            train_lengths=not cfg.norm_last_layer, batch_norm=cfg.head_batch_norm,
         )  # fmt: skip
 
     def augmentation(self, *, train: bool) -> Augmentation | None:

@@ -28,7 +28,8 @@ def build(cfg: KdConfig, run: RunConfig, data: DataInfo) -> Kd:
     look = Look(run.dataset.image_size, run.dataset.mean, run.dataset.std)
     labelled = "label" in run.dataset.offers
     classes = data.classes if labelled else ()  # those of boxes, say, are no classes of images
-    num_classes = len(classes) or cfg.num_classes or 0
+    classes = classes or [str(i) for i in range(cfg.num_classes or 0)]
+    num_classes = len(classes)
     model = run.model.build(num_classes=num_classes, image_size=run.dataset.image_size, in_channels=data.channels)
     if cfg.method == "deit" and not hasattr(model, "set_distilled_training"):
         reason = "has no distillation token, which deit speaks to"
@@ -36,9 +37,9 @@ def build(cfg: KdConfig, run: RunConfig, data: DataInfo) -> Kd:
     teachers = [open_teacher(source, cfg, look, data.channels) for source in cfg.teachers(run)]
     if cfg.method != "embedding" and cfg.weight > 0:
         for teacher in teachers:
-            check_classes(teacher, classes, num_classes)
+            check_classes(teacher, classes, known=labelled)
     width = width_of(model, look, data.channels) if cfg.uses_features else 0
-    return Kd(model, cfg, teachers, num_classes, student_width=width, labelled=labelled)
+    return Kd(model, cfg, teachers, classes, student_width=width, labelled=labelled)
 
 
 def width_of(network: nn.Module, look: Look, channels: int) -> int:
@@ -54,15 +55,15 @@ def width_of(network: nn.Module, look: Look, channels: int) -> int:
     return features.shape[1]
 
 
-def check_classes(teacher: Teacher, classes: Sequence[str], num_classes: int) -> None:
+def check_classes(teacher: Teacher, classes: Sequence[str], *, known: bool) -> None:
     """A teacher of other classes, or of the same in another order, would teach nonsense."""
     fix = (
         "train one on these classes: task=classification, then task.teacher=<its run>; or task.method=embedding, which compares no classes"
     )
-    if teacher.num_classes != num_classes:
-        reason = f"tells {teacher.num_classes} classes apart, and the data have {num_classes}"
+    if teacher.num_classes != len(classes):
+        reason = f"tells {teacher.num_classes} classes apart, and the data have {len(classes)}"
         raise ConfigError(Problem("task.teacher", teacher.name, reason, fix))
-    if teacher.classes and classes and list(teacher.classes) != list(classes):
+    if teacher.classes and known and list(teacher.classes) != list(classes):
         pairs: Any = enumerate(zip_longest(teacher.classes, classes))
         place, theirs, ours = next((i, a, b) for i, (a, b) in pairs if a != b)
         reason = f"its class {place} is {theirs!r}, and that of the data is {ours!r}"

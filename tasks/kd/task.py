@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tasks.kd import losses
 from tasks.kd.config import KdConfig
-from trainer.evaluation import Mean, scores_of_logits
+from trainer.evaluation import Mean
+from trainer.labels import Labelled, best_five, label_scores
 from trainer.probe import features_and_output
 from trainer.task import Batch, Progress, StepOutput, Task
 
@@ -29,19 +30,14 @@ class Said(NamedTuple):
 
 class Kd(Task):
     def __init__(
-        self,
-        model: nn.Module,
-        cfg: KdConfig,
-        teachers: Sequence[Teacher],
-        num_classes: int,
-        *,
-        student_width: int = 0,
-        labelled: bool = True,
-    ) -> None:
+        self, model: nn.Module, cfg: KdConfig, teachers: Sequence[Teacher], classes: Sequence[str], *, student_width: int = 0, labelled: bool = True
+    ) -> None:  # fmt: skip
+        """`classes`: none where features are all there is. `labelled`: whether the data say which of them an image is of."""
         super().__init__()
         self.model = model
         self.cfg = cfg
-        self.num_classes = num_classes  # 0: features are all there is
+        self.classes, self.labelled = list(classes), labelled
+        self.competing: Tensor | None = None  # [C] bool; None = all classes
         self.main_metric, self.higher_is_better = ("val/top1", True) if labelled else ("val/loss", False)
         # In a plain list: what is no part of this module is neither saved nor averaged, and DDP does not see it.
         self.teachers = list(teachers)
@@ -70,7 +66,7 @@ class Kd(Task):
         if self.teachers:
             taught = self._weighted(said, batch["image"]).mean()
             loss, metrics["loss_teacher"] = loss + taught, taught.detach()
-        if "label" in batch and self.num_classes:
+        if self.labelled:
             truth = batch["target"].argmax(1) if "target" in batch else batch["label"]
             metrics["top1"] = (said.logits.detach().argmax(1) == truth).float().mean()
         return StepOutput(loss, metrics)
@@ -107,12 +103,18 @@ class Kd(Task):
         return losses.embedding(self.projections[i](said.features), answer.features, normalize=self.cfg.normalize_features)
 
     def evaluator(self) -> Mean:
-        return Mean(self._scores)
+        return Labelled(self._scores, self.classes) if self.labelled else Mean(self._distances)
 
     def _scores(self, batch: Batch) -> dict[str, Tensor]:
-        """How well labels are found, of each image; where there are none, how far the student is from its teachers."""
-        if "label" in batch and self.num_classes:
-            return scores_of_logits(self.model(batch["image"]), batch["label"])
-        if not self.teachers:
-            return {}
-        return {"loss": self._weighted(self._student(batch["image"]), batch["image"])}
+        return label_scores(self.model(batch["image"]), batch, self.competing)
+
+    def _distances(self, batch: Batch) -> dict[str, Tensor]:
+        """Without labels: how far the student is from its teachers, for each image."""
+        return {"loss": self._weighted(self._student(batch["image"]), batch["image"])} if self.teachers else {}
+
+    def restrict(self, classes: Sequence[int]) -> None:
+        self.competing = torch.zeros(len(self.classes), dtype=torch.bool, device=next(self.model.parameters()).device)
+        self.competing[list(classes)] = True
+
+    def predict(self, batch: Batch) -> Sequence[Sequence[Mapping[str, Any]]]:
+        return best_five(self.model(batch["image"]), self.classes, self.competing)

@@ -88,6 +88,11 @@ def open_teacher(source: str, cfg: KdConfig, students: Look, channels: int) -> T
     if source.startswith(TIMM):
         network, look, classes = _timm(source, channels)
     elif _is_archive(Path(source).expanduser()):
+        if cfg.uses_features:
+            reason = "is a program that gives logits alone, and features are asked for"
+            raise ConfigError(
+                Problem("task.teacher", source, reason, "task.feature_weight=0 task.method=soft, or the run that it comes from")
+            )
         network, look, classes = _archive(Path(source).expanduser(), source), students, []
     else:
         network, look, classes = _of_a_run(source)

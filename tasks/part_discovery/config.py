@@ -45,6 +45,9 @@ class LossConfig(TaskConfig):
     total_variation_weight: float = setting(1.0, "weight of: maps are smooth", ge=0)
     entropy_weight: float = setting(1.0, "weight of: a place belongs to one part", ge=0)
     concentration_weight: float = setting(0.0, "weight of: a part is in one place", ge=0)
+    terms_warmup: float = setting(
+        0.0, "fraction of the run over which all terms but the classifications grow to their weights: features first, where they are random", ge=0, lt=1
+    )  # fmt: skip
 
     def weights(self) -> dict[str, float]:
         return {f.name.removesuffix("_weight"): getattr(self, f.name) for f in fields(self) if f.name.endswith("_weight")}
@@ -126,6 +129,9 @@ class PartDiscoveryConfig(LossConfig):
             yield Problem(
                 "task.equivariance_zoom", [low, high], "goes from the smallest to the largest", f"task.equivariance_zoom=[{high},{low}]"
             )
+        for name in ("drop_path_stage_1", "drop_path_stage_2"):
+            if getattr(self, name) and not hasattr(run.model, "drop_path_rate"):
+                yield Problem(f"task.{name}", getattr(self, name), "this network has no stochastic depth", f"task.{name}=0")
         patch = run.model.input_multiple
         if patch and run.dataset.image_size // patch < 3:
             size, reason = run.dataset.image_size, f"makes fewer than 3 x 3 patches of {patch} pixels, and presence looks at 3 x 3 at once"

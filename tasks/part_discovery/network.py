@@ -127,6 +127,10 @@ class MaskedClassifier(nn.Module):
 
     def forward(self, images: Tensor, mask: m.Mask) -> Tensor:
         """Logits [N, C]."""
+        return self.head(self.features(images, mask))
+
+    def features(self, images: Tensor, mask: m.Mask) -> Tensor:
+        """What the head sees, [N, D]."""
         soft = self.cfg.mask_gradient == "soft"
         passes_on = self.training and self.cfg.mask_gradient == "straight_through"
         # While training only where hidden tokens teach nothing. It costs a look at the mask, for which the host waits.
@@ -138,7 +142,7 @@ class MaskedClassifier(nn.Module):
             bias=m.TINY if soft or passes_on else None,
             prune=able and self.cfg.prune is not False,
         )
-        return self.head(self.head_norm(token))
+        return self.head_norm(token)
 
 
 class TwoStage(nn.Module):
@@ -151,6 +155,14 @@ class TwoStage(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(images)[1]
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the last stage's head sees, [N, D]; of one stage, the mean over parts."""
+        found = self.stage_1(images)
+        if self.stage_2 is None:
+            return found.features[:, :-1].mean(1)
+        assert found.mask is not None
+        return self.stage_2.features(images, found.mask)
 
     def classify(
         self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None, *, map_stream: int = m.MAP_NOISE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from tasks.part_discovery.turning import draw_turn
 from trainer.config import ParamRule, RunConfig
 from trainer.errors import ConfigError, Problem
 from trainer.task import Batch, DataInfo, Evaluator, Progress, StepOutput, Task
+
+STAGES = ("stage_1", "stage_2")  # the terms that learn classes
 
 
 def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDiscovery:
@@ -87,7 +90,8 @@ class PartDiscovery(Task):
         weights = self.cfg.weights()
         if weights["equivariance"]:
             terms["equivariance"] = self.equivariance(images, keys, found.maps, progress.step)
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        grown = min(1.0, progress.fraction / self.cfg.terms_warmup) if self.cfg.terms_warmup else 1.0
+        loss = torch.stack([weights[name] * (1.0 if name in STAGES else grown) * term for name, term in terms.items()]).sum()
         with torch.no_grad():
             hard = labels if target is labels else target.argmax(1)
             scores = {"top1": (logits.argmax(1) == hard).float().mean()}
@@ -130,6 +134,20 @@ class PartDiscovery(Task):
         )  # fmt: skip
         _, _, turned = self.model.stage_1.maps(turn.apply(images), keys, TURNED_NOISE)
         return losses.equivariance(maps, turn.undo(turned))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for stage, frozen in ((self.model.stage_1, self.cfg.freeze_stage_1), (self.model.stage_2, self.cfg.freeze_stage_2)):
+            if frozen and stage is not None:
+                stage.backbone.eval()  # no drop path, and batch statistics as they are
+        return self
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.model.features(images)
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """Blocks: a network's own forward pass is not what is called."""
+        return [block for network in self.model.modules() if isinstance(network, VisionTransformer) for block in network.blocks]
 
     def param_rules(self) -> Sequence[ParamRule]:
         return list(groups.rules(self.cfg))

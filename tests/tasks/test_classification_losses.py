@@ -57,3 +57,31 @@ def keys(*overrides: str) -> set[str]:
 )
 def test_what_makes_no_sense_is_refused(overrides: list[str], key: Any) -> None:
     assert keys(*overrides) == {key}
+
+
+def test_mesa_follows_the_network_and_pulls_towards_its_average() -> None:
+    from tasks.classification.config import ClassificationConfig
+    from tasks.classification.task import Classification
+    from trainer.task import Progress
+
+    torch.manual_seed(0)
+    cfg = ClassificationConfig(mesa_weight=2.0, mesa_start=1, mesa_decay=0.9, mesa_temperature=5.0)
+    task = Classification(torch.nn.Linear(4, C), cfg, classes=list("abcde"))
+    task.train()
+    follower = task.follower
+    assert follower is not None and not follower.training and not any(p.requires_grad for p in follower.parameters())
+    batch = {"image": torch.randn(N, 4), "label": torch.arange(N) % C}
+    early, late = Progress(3, 100, 10), Progress(20, 100, 10)
+    expected = None
+    for progress in (early, late):
+        before = follower.weight.clone()  # type: ignore[union-attr, operator]
+        with torch.no_grad():
+            task.model.weight.add_(1.0)  # type: ignore[operator, union-attr]
+        task.after_update(progress)
+        expected = task.model.weight if progress is early else 0.9 * before + 0.1 * task.model.weight  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(follower.weight, expected.detach())  # type: ignore[union-attr]
+    plain = F.cross_entropy(task.model(batch["image"]), batch["label"])
+    torch.testing.assert_close(task.training_step(batch, early).loss, plain)
+    p, q = (net(batch["image"]).div(5).softmax(1) for net in (task.model, follower))
+    kl = (q * (q.log() - p.log())).sum(1).mean()
+    torch.testing.assert_close(task.training_step(batch, late).loss, plain + 2.0 * kl)

@@ -55,9 +55,8 @@ def run_blocks(vit, images, hidden=None, token=None):
 def test_ibot_is_lightlys_over_ten_steps():
     """Both losses, both centres, every gradient."""
     task = small_task("ibot")
-    temperatures = {"teacher_temp": 0.07, "student_temp": 0.1}
-    of_views = lightly.loss.DINOLoss(32, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=3, **temperatures)
-    of_patches = lightly.loss.IBOTPatchLoss(32, **temperatures)
+    of_views = lightly.loss.DINOLoss(32, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3, student_temp=0.1)
+    of_patches = lightly.loss.IBOTPatchLoss(32, teacher_temp=0.07, student_temp=0.1)
     optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=0.1)
     for step in range(TOTAL):
         progress, views = Progress(step, TOTAL, 2), batch(step)
@@ -106,10 +105,10 @@ def test_balanced_assignments_are_lightlys():
 def test_dinov2_is_the_sum_of_its_parts():
     """Views and patches with balanced answers, patches by a head of their own, and a tenth of koleo view by view."""
     task, views, progress = small_task("dinov2"), batch(0), Progress(0, TOTAL, 2)
-    assert task.student.patch_head is not None
     torch.nn.init.normal_(task.mask_token.token)
     said, said_of_patches, seen, seen_of_patches, hidden = pieces(task, views)
     teacher, student = task.teacher, task.student
+    assert student.patch_head is not None and teacher.patch_head is not None
     answers = sinkhorn(teacher.head(said), iterations=3, epsilon=0.04).chunk(2)
     log_p = [(student.head(x) / 0.1).log_softmax(-1) for x in (*seen.chunk(2), *map(student.backbone, views["local"].unbind(1)))]
     expected = torch.stack([-(answers[t] * log_p[v]).sum(-1).mean() for t in range(2) for v in range(4) if v != t]).mean()

@@ -16,6 +16,7 @@ from tasks.mim.config import MimConfig
 from tasks.mim.pixels import to_images, to_patches
 from tests.tasks.transformers_names import MAE, SIMMIM_SWIN, SIMMIM_VIT, copy_weights, gradients
 from tests.test_exact import assert_same_run, stop_after
+from tests.thresholds import FILLS_IN
 from trainer import load_model
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, Stopped
@@ -220,6 +221,15 @@ def test_a_stopped_run_ends_in_the_same_bits(overrides, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
     assert {"val/loss", "val/knn_top1"} <= result["last"].keys()
     assert list((tmp_path / "broken" / "previews").rglob("*.png"))
+
+
+def test_it_learns_to_fill_in_digits(tmp_path):
+    result = train(
+        compose_run("task=mim", *VIT, *SHORT, "loop.epochs=null", "loop.steps=40", "loop.batch_size=64", "loop.samples_per_epoch=null",
+                    "loop.validate_every=null", "optimizer.lr=3e-3", "augmentation=none"),
+        RunDirectory(tmp_path),
+    )  # fmt: skip
+    assert result["last"]["val/loss"] < FILLS_IN
 
 
 @pytest.fixture(scope="module", params=["mae", "simmim"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -18,10 +20,11 @@ from tests.layouts import LAYOUTS
 from tests.processes import finish, logs, start, start_ranks
 from tests.ranks import distributed, run_ranks, torchrun_environments
 from tests.test_exact import assert_same_run, last, stop_after
+from tests.thresholds import LEARNS, PARTS_NMI, PARTS_TOP1
 from trainer.build import build_data, build_task
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError, Stopped
-from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.compose import CONF, checked, compose, compose_run
 from trainer.run import loaders, train
 from trainer.rundir import RunDirectory
 
@@ -68,7 +71,8 @@ def test_two_evaluations_are_equal_bit_for_bit():
     first, second = evaluate(), evaluate()
     assert first == second
     assert first.keys() == EVERYTHING
-    assert evaluate("task.gumbel_at_eval=true") == evaluate("task.gumbel_at_eval=true")
+    noise = ("task.gumbel=true", "task.gumbel_at_eval=true")
+    assert evaluate(*noise) == evaluate(*noise) != first
 
 
 def test_the_size_of_a_batch_and_pruning_do_not_change_the_scores():
@@ -106,7 +110,7 @@ def _on(path: Path, dataset: str) -> list[str]:
 
 
 def test_resuming_ends_in_the_same_bits(tmp_path, monkeypatch):
-    overrides = ["task.freeze_stage_1=true", "task.gumbel_at_eval=true", "optimizer.weight_decay_scaling=normalized"]
+    overrides = ["task.freeze_stage_1=true", "task.gumbel=true", "task.gumbel_at_eval=true", "optimizer.weight_decay_scaling=normalized"]
     run(tmp_path / "unbroken", *overrides)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
@@ -114,12 +118,13 @@ def test_resuming_ends_in_the_same_bits(tmp_path, monkeypatch):
             run(tmp_path / "broken", *overrides)
     run(tmp_path / "broken", *overrides)
     assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
-    assert sorted(p.name for p in (tmp_path / "unbroken" / "previews").glob("*.png")) == ["parts-0000006.png"]
+    pictures = (tmp_path / "unbroken" / "previews").rglob("*.png")
+    assert [p.relative_to(tmp_path / "unbroken" / "previews").as_posix() for p in pictures] == ["step-0000006/parts.png"]
 
 
 def test_one_rank_and_two_train_alike(tmp_path):
     """Noise and dropout are on: they come from each sample's key. Presence looks at the images of both ranks."""
-    overrides = [*TINY, *FEW, "optimizer=sgd", "optimizer.lr=0.01", "loop.steps=3", "loop.epochs=null"]
+    overrides = [*TINY, *FEW, "task.gumbel=true", "optimizer=sgd", "optimizer.lr=0.01", "loop.steps=3", "loop.epochs=null"]
     one, two = start(tmp_path / "one", overrides), start_ranks(tmp_path / "two", overrides, 2)
     assert finish([one, *two]) == [0, 0, 0], logs(tmp_path / "one") + logs(tmp_path / "two")
     left, right = last(tmp_path / "one")["task"], last(tmp_path / "two")["task"]
@@ -189,6 +194,67 @@ def test_what_cannot_work_is_refused(overrides, key, reason):
     _, problems = checked(compose([*base, *overrides]))
     assert [p.key for p in problems] == [key]
     assert reason in str(problems[0])
+
+
+GUIDE = """
+model_arch pretrained_start_weights data_path batch_size wandb epochs dataset save_every_n_epochs num_workers image_sub_path_train image_sub_path_test
+train_split eval_mode wandb_entity wandb_project wandb_mode job_type group snapshot_dir lr optimizer_type scheduler_type scratch_lr_factor
+modulation_lr_factor finer_lr_factor stage_two_lr_factor drop_path_stage_1 drop_path_stage_2 smoothing augmentations_to_use num_parts weight_decay
+freeze_backbone freeze_params_stage_1 freeze_second_stage freeze_params_stage_2 total_variation_loss concentration_loss enforced_presence_loss
+enforced_presence_loss_type pixel_wise_entropy_loss gumbel_softmax softmax_temperature presence_loss_type grad_norm_clip wandb_resume_id resume_training
+log_interval image_size mask_sub_path use_hf_transformers part_dropout part_dropout_stage_2 use_soft_masks output_stride amap_saving_prob
+scheduler_gamma scheduler_step_size nnodes nproc_per_node
+"""
+"""Every flag of the training guide that this task follows."""
+
+
+def guide_rows() -> list[tuple[str, str]]:
+    """(flags, ours) of the guide's table in docs/from-other-tools.md."""
+    section = (CONF.parent / "docs" / "from-other-tools.md").read_text().split("## iFAM", 1)[1].split("\n## ", 1)[0]
+    return [(cells[1], cells[2]) for line in section.splitlines() if line.startswith("| `") and (cells := line.split("|"))]
+
+
+def test_every_flag_of_the_guide_has_a_row():
+    named = " ".join(flags for flags, _ in guide_rows())
+    assert [flag for flag in GUIDE.split() if not re.search(rf"--{flag}(?!\w)", named)] == []
+
+
+def test_what_the_guides_table_says_can_be_typed():
+    """Rows that choose something are composed one by one, those that set something all at once: each takes half a second."""
+    settings: list[str] = ["task=part_discovery"]
+    spans = [re.findall(r"`([^`]+)`", ours) for _, ours in guide_rows()]
+    for words in (shlex.split(span) for row in spans for span in row):
+        overrides = [word for word in words if "=" in word and not word.startswith("-")]
+        if all("." in word.split("=")[0] or word in ("task=part_discovery", "resume=auto") for word in overrides):
+            settings += overrides[1:] if overrides[0] == "task=part_discovery" else overrides
+        else:
+            assert_no_problem(overrides)
+    assert_no_problem(settings)
+
+
+def assert_no_problem(overrides: list[str]) -> None:
+    _, problems = checked(compose(overrides))
+    assert [p for p in problems if p.key != "dataset.path"] == [], overrides
+
+
+def rows(directory: Path, name: str) -> list[float]:
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in found if name in row]
+
+
+def test_it_learns(tmp_path):
+    """A shrunk proof: every part of the loss that is on pulls in one direction within thirty steps."""
+    run(tmp_path, "loop.epochs=5", "loop.validate_every=5", "optimizer.lr=1e-3", "task.terms_warmup=0")
+    losses = rows(tmp_path, "train/loss")
+    assert len(losses) == 30
+    assert np.mean(losses[-5:]) < LEARNS * np.mean(losses[:5])
+
+
+@pytest.mark.slow
+def test_the_default_run_finds_parts(tmp_path):
+    result = train(compose_run("task=part_discovery", "loop.progress=none"), RunDirectory(tmp_path))
+    assert result["best"]["val/top1"] >= PARTS_TOP1
+    assert result["best"]["val/nmi"] >= PARTS_NMI
 
 
 def test_freezing_everything_is_refused(tmp_path):

@@ -21,7 +21,7 @@ from trainer.task import Batch, Progress
 SMALL = ["task=part_discovery", "dataset.image_size=40", "loop.batch_size=4", "dataset.num_train=16", "dataset.num_val=8"]
 TINY = [*SMALL, "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2"]
 STEM = [*SMALL, "model.args.depth=1"]  # the default network, with convolutions before the blocks
-PROGRESS = Progress(0, 10, 5.0)
+PROGRESS = Progress(5, 10, 5.0)  # when all terms have their weights
 
 
 def make(*overrides: str, base: list[str] = TINY) -> PartDiscovery:
@@ -41,7 +41,7 @@ def batch(count: int = 4, size: int = 40) -> Batch:
 
 def only_stage_2() -> list[str]:
     """Every loss but the second stage's classification is off."""
-    others = ("stage_1", "orthogonality", "equivariance", "presence", "enforced_presence", "total_variation", "entropy")
+    others = ("stage_1", "orthogonality", "equivariance", "presence", "enforced_presence", "total_variation", "entropy", "concentration")
     return [f"task.{name}_weight=0" for name in others]
 
 
@@ -143,14 +143,14 @@ def test_evaluation_has_no_noise_unless_asked_for():
     with torch.no_grad():
         quiet = make().eval()
         assert torch.equal(quiet.model.classify(data["image"], data["key"])[0].maps, quiet.model.classify(data["image"])[0].maps)
-        noisy = make("task.gumbel_at_eval=true").eval()
+        noisy = make("task.gumbel=true", "task.gumbel_at_eval=true").eval()
         first, again = (noisy.model.classify(data["image"], data["key"])[0].maps for _ in range(2))
         assert torch.equal(first, again), "the noise is each image's own"
         assert (first - quiet.model.classify(data["image"])[0].maps).abs().max() > 0.1
 
 
 def test_noise_and_dropout_do_not_depend_on_who_shares_the_batch():
-    task = make().train()
+    task = make("task.gumbel=true").train()
     data = batch()
     with torch.no_grad():
         whole, _ = task.model.classify(data["image"], data["key"])
@@ -252,6 +252,33 @@ def test_what_the_four_switches_freeze(switches):
     assert all((p.grad is None) == (name in frozen) for name, p in task.named_parameters())
 
 
+def test_recomputed_activations_give_the_same_gradients():
+    found = []
+    for recompute in ("false", "true"):
+        task = make(f"loop.activation_checkpointing={recompute}").train()
+        task(batch(), PROGRESS).loss.backward()
+        found.append([p.grad for p in task.parameters()])
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
+def test_a_frozen_network_stays_as_it_is_in_every_way():
+    """Its batch statistics too."""
+    task = make("task.freeze_stage_1=true", base=STEM).train()
+    before = {name: value.clone() for name, value in task.model.stage_1.backbone.named_buffers()}
+    assert before
+    task(batch(), PROGRESS)
+    assert all(torch.equal(value, before[name]) for name, value in task.model.stage_1.backbone.named_buffers())
+
+
+def test_features_are_what_the_last_head_sees():
+    task, images = make().eval(), batch()["image"]
+    assert task.model.stage_2 is not None
+    with torch.no_grad():
+        torch.testing.assert_close(task.model.stage_2.head(task.features(images)), task.model(images))
+        one = make("task.stages=1").eval()
+        torch.testing.assert_close(one.model.stage_1.classifier(one.features(images)), one.model(images))
+
+
 def test_removed_parts_are_not_seen_and_do_not_vote():
     data = batch()
     with torch.no_grad():
@@ -292,12 +319,14 @@ def test_one_stage_has_the_first_stages_logits():
 
 
 def test_the_total_is_the_weighted_sum_of_its_terms():
-    task = make("task.presence_weight=0.5", "task.concentration_weight=3")
+    task = make("task.presence_weight=0.5", "task.concentration_weight=3", "task.terms_warmup=0.5")
     task.train()
-    output = task(batch(), PROGRESS)
     weights = task.cfg.weights()
-    assert set(weights) <= output.metrics.keys()
-    assert output.loss.item() == pytest.approx(sum(w * output.metrics[name].item() for name, w in weights.items()), rel=1e-5)
+    for fraction, grown in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (0.9, 1.0)):
+        output = task(batch(), Progress(int(fraction * 100), 100, 5.0))
+        assert set(weights) <= output.metrics.keys()
+        expected = sum(w * (1 if name in ("stage_1", "stage_2") else grown) * output.metrics[name].item() for name, w in weights.items())
+        assert output.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,9 @@ def test_what_is_no_such_network_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match="is a bert"):
         TimmModel(name=str(tmp_path), source="huggingface").build(num_classes=0, image_size=28, in_channels=3)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "patch_size": 7}')
+    assert [p.fix for p in TimmModel(name=str(tmp_path), source="huggingface").problems("model", 32)] == ["dataset.image_size=35"]
+    assert TimmModel(name="microsoft/rad-dino", source="huggingface").input_multiple == 14
     assert [p.key for p in TimmModel(name="a/b", source="huggingface", patch_size=8).problems("model", 32)] == ["model.patch_size"]
 
 

@@ -74,7 +74,8 @@ def test_each_stream_hears_the_other_and_every_parameter_learns():
     images = torch.rand(2, 5, 64, 64, requires_grad=True)
     maps = network(images)
     assert [tuple(m.shape) for m in maps] == [(2, c, 64 // s, 64 // s) for c, s in zip(network.channels, STRIDES, strict=True)]
-    sum(m.square().sum() for m in maps).backward()
+    torch.stack([m.square().sum() for m in maps]).sum().backward()
+    assert images.grad is not None
     assert (images.grad.abs().sum((0, 2, 3)) > 0).all(), "every channel is looked at"
     assert [n for n, p in network.named_parameters() if p.grad is None] == []
 

@@ -169,6 +169,7 @@ KINDS = {
     "batchnorm": ["loop.freeze_batchnorm=true", "optimizer.backbone_lr=1e-4"],
     "swa": ["loop.swa_start=0.4", "loop.swa_every=2"],
     "rescaled": ["loop.ema_decay=0.99", "loop.ema_rescale=true", "loop.ema_every=2"],
+    "mesa": ["task.mesa_weight=0.8", "task.mesa_start=1", "task.mesa_decay=0.9", "loop.freeze_to=1"],
     "bce": ["task.loss=bce", "task.bce_threshold=0.2", "augmentation.mixup=0.8"],
 }
 

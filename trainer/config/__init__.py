@@ -6,6 +6,7 @@ from trainer.config.fields import schema, setting
 from trainer.config.letterbox import Letterbox
 from trainer.config.logger import LoggerConfig
 from trainer.config.loop import LoopConfig, Progressing, StageConfig
+from trainer.config.mit import MitModel
 from trainer.config.model import ModelConfig
 from trainer.config.optimizer import LrScaling, OptimizerConfig, ParamRule
 from trainer.config.run import DebugConfig, DistributedConfig, Mode, PrecisionConfig, Resume, RunConfig, TaskConfig
@@ -14,6 +15,6 @@ from trainer.config.stages import stage_runs
 
 __all__ = [
     "AugmentationConfig", "DatasetConfig", "DebugConfig", "DistributedConfig", "Facts", "Letterbox", "LoggerConfig", "LoopConfig",
-    "LrScaling", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
+    "LrScaling", "MitModel", "Mode", "ModelConfig", "OptimizerConfig", "ParamRule", "PrecisionConfig", "Progressing", "Resume",
     "RunConfig", "SchedulerConfig", "StageConfig", "TaskConfig", "schema", "setting", "stage_runs",
 ]  # fmt: skip

@@ -30,6 +30,7 @@ class DatasetConfig:
 
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label"})
     on_disk: ClassVar[bool] = True
+    tiny: ClassVar[bool] = False  # a few pixels, and left and right differ, as in digits: no mirror images, no small pieces
 
     path: str | None = setting(None, "where the data lie; required for every dataset on disk")
     val_path: str | None = setting(None, "where the validation data lie, if elsewhere")

@@ -147,7 +147,10 @@ class LoopConfig:
     keep_checkpoints: int = setting(
         1, "how many numbered checkpoints (epoch-0010.pt) to keep beside last and best; 0 = none", ge=0, identity=False
     )
-    best_metric: str | None = setting(None, "validation metric that decides best.pt, as val/top1; null = the task's own")
+    best_metric: str | None = setting(
+        None,
+        "validation metric that decides best.pt, as val/top1, or train/loss, the mean since the validation before; null = the task's own",
+    )
     best_mode: str | None = setting(
         None,
         "which end of loop.best_metric is better; null = the task's own, or by its name: less of a loss or an error",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trainer.config.fields import schema, setting
@@ -86,6 +88,9 @@ class TimmModel(ModelConfig):
 
     @property
     def own_patch_size(self) -> int | None:
+        if self.source == "huggingface":
+            facts = Path(self.name).expanduser() / "config.json"
+            return json.loads(facts.read_text()).get("patch_size") if facts.is_file() else 14  # that of all of DINOv2's
         if self.conv_stem:
             return 2 ** len(self.conv_stem)
         found = re.search(r"patch(\d+)", self.name)  # vit_base_patch16_224, swin_tiny_patch4_window7_224

@@ -76,7 +76,8 @@ def amended(
     fresh = compose([str(o.input_line) for o in choices], config_dir) if choices else None
     tree: DictConfig = OmegaConf.structured(schemas("")["run"](**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)}))
     composed = Composed(tree, OmegaConf.create(), problems=list(fresh.problems) if fresh else [])
-    for override in choices if fresh else ():
+    for override in choices:
+        assert fresh is not None
         group = override.key_or_group
         tree[group] = fresh.tree[group]
         composed.given[group] = override.value()

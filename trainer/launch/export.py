@@ -66,11 +66,14 @@ def write(directory: RunDirectory, run: RunConfig, checkpoint: str, kinds: Seque
     task, run, saved = load_task(directory.path, checkpoint, run)
     network: Any = dressed(task, run, saved)
     pixels = real_images(run, network.transform, saved["channels"], images)
+
+    def original(given: Tensor) -> Sequence[Tensor]:
+        with torch.inference_mode():
+            return tensors(network(network.transform(given)))
+
     metadata = describe(run, saved["classes"], saved["channels"])
     with torch.random.fork_rng(devices=[]):
-        with torch.inference_mode():
-            expected = tensors(network(network.transform(pixels)))
-        parcel = Parcel(network, lambda: load_task(directory.path, checkpoint, run)[0].network(), run, metadata, pixels, expected)
+        parcel = Parcel(task.network(), lambda: load_task(directory.path, checkpoint, run)[0].network(), run, metadata, pixels, original)
         files = {}
         for kind in kinds:
             path = out / f"model{FORMATS[kind].suffix}"

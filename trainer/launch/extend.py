@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
-from trainer.config import Resume, RunConfig
+from trainer.config import Resume, RunConfig, stage_runs
 from trainer.errors import ConfigError, Problem
 from trainer.identity import differences
 from trainer.launch import diagnose
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     if directory.is_finished() and differences(before, run) == []:
         report_finished(directory, run)
         return 0
-    if total <= done:
+    if total is not None and total <= done:
         key = "loop.steps" if run.loop.steps else "loop.epochs"
         value = run.loop.steps or run.loop.epochs or run.loop.default_epochs
         longer = 2 * round(value * max(1.0, done / total))
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         directory.record_extension(at_step=done, total_steps=total, overrides=list(options.overrides), time=time.time())
         directory.write_config(run)
         directory.status("queued", total_steps=total)  # not finished any more, whoever asks
-        print(f"from step {done} to {total}: the schedule is that of a run of {total} steps from here on")
+        print(f"from step {done} to {total or 'the new end'}: the schedule is from here on that of a run of this length")
     return run_in(run, directory)
 
 
@@ -79,10 +79,9 @@ def refused(before: RunConfig, run: RunConfig) -> Iterator[Problem]:
             )
 
 
-def total_steps(run: RunConfig) -> int:
-    """The length of the run in optimizer steps."""
+def total_steps(run: RunConfig) -> int | None:
+    """The length of the run in optimizer steps; None where nobody knows yet how many images there are."""
     if run.loop.steps:
         return run.loop.steps
     num_train = run.dataset.facts().num_train
-    assert num_train is not None, "data that are not known before they are read have loop.steps"
-    return (run.loop.epochs or run.loop.default_epochs) * steps_per_epoch(run, num_train)
+    return None if num_train is None else sum(stage.loop.num_epochs * steps_per_epoch(stage, num_train) for stage in stage_runs(run))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from trainer.config import ModelConfig, TaskConfig
+from trainer.config import DatasetConfig, ModelConfig, TaskConfig
 from trainer.launch.resolve import to_object
 
 
@@ -39,5 +40,11 @@ def small_view_size(*, _root_: DictConfig) -> int:
     return max(1, round(size * 3 / 7 / multiple)) * multiple
 
 
-for resolver in (temporary_directory, fitting_image_size, small_image_size, small_view_size):
+def unless_tiny(usual: Any, tiny: Any, *, _root_: DictConfig) -> Any:
+    """`usual`, but `tiny` where the dataset's images are such that a piece of one, or its mirror image, is of something else."""
+    kind = OmegaConf.get_type(_root_, "dataset")
+    return tiny if isinstance(kind, type) and issubclass(kind, DatasetConfig) and kind.tiny else usual
+
+
+for resolver in (temporary_directory, fitting_image_size, small_image_size, small_view_size, unless_tiny):
     OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

@@ -53,6 +53,10 @@ class Totals:
         if kinds.trains:
             self.step = step
 
+    def mean(self, name: str) -> float | None:
+        """Of what has been added since the last row."""
+        return self.sums[name] / self.steps[name] if self.steps.get(name) else None
+
     def take(self) -> dict[str, float]:
         """Means and totals, and a fresh start."""
         row = {key: total / self.steps[key] for key, total in self.sums.items() if self.steps[key]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
             Problem("dashboard", options.sweep, "is no sweep: its runs are no group in W&B", "name a folder like runs/<name>/sweeps/<id>")
         )
     try:
-        import wandb_workspaces.reports.v2 as api
+        api = import_module("wandb_workspaces.reports.v2")
     except ImportError:
         raise ConfigError(
             Problem("dashboard", "wandb_workspaces", "W&B's report API is not installed", 'pip install "trainyard[views]"')
@@ -78,8 +79,7 @@ def save(api: Any, found: Found, verdict: Verdict, project: str, entity: str | N
 
 def grid(api: Any, found: Found, verdict: Verdict, project: str, where: dict[str, str]) -> Any:
     """The live part: W&B fills it from the runs themselves, also from those that still go."""
-    from wandb_workspaces import expr
-
+    expr = import_module("wandb_workspaces.expr")
     assert found.sweep is not None
     keys = [config_key(key, found) for key in dict.fromkeys(key for row in verdict.rows for key in row.arm.settings)]
     group = found.sweep.sweep

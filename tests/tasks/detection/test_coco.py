@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.detection.coco import Found, Truth, coco_scores
 from tasks.detection.config import DetectionConfig
@@ -61,19 +61,13 @@ def test_what_cannot_be_scored_is_left_out():
         assert coco_scores([image(1)[0]] * 3, [blind] * 3, CLASSES, backend)["map"] == 0, "objects that nobody finds"
 
 
-class Oracle(nn.Module):
+def oracle(images: list[Tensor]) -> list[dict[str, Tensor]]:
     """Finds in each image what is written down for it; the image's number stands in its first pixel."""
-
-    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        found = [image(int(x[0, 0, 0]))[1] for x in images]
-        return [
-            {
-                "boxes": torch.tensor(f.boxes, dtype=torch.float32) / 2,
-                "labels": torch.tensor(f.labels) + 1,
-                "scores": torch.tensor(f.scores),
-            }
-            for f in found
-        ]
+    found = [image(int(x[0, 0, 0]))[1] for x in images]
+    return [
+        {"boxes": torch.tensor(f.boxes, dtype=torch.float32) / 2, "labels": torch.tensor(f.labels) + 1, "scores": torch.tensor(f.scores)}
+        for f in found
+    ]
 
 
 def batch(indices: list[int]) -> dict[str, Any]:
@@ -89,7 +83,7 @@ def batch(indices: list[int]) -> dict[str, Any]:
 
 
 def evaluate(rank: int, size: int) -> dict[str, float]:
-    evaluator = CocoEvaluator(Oracle(), DetectionConfig(), CLASSES, offset=1, mean=[0.5], std=[0.5])
+    evaluator = CocoEvaluator(oracle, DetectionConfig(), CLASSES, offset=1, mean=[0.5], std=[0.5])
     mine = list(range(rank, IMAGES, size))
     for first in range(0, len(mine), 5):
         evaluator.update(batch(mine[first : first + 5]))

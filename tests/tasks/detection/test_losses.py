@@ -61,7 +61,7 @@ def batch(seed: int) -> tuple[list[Tensor], dict[str, Any]]:
 def test_ten_steps_equal_torchvision_term_by_term(detector):
     torch.manual_seed(0)
     task, model = ours(detector, width=32).train(), reference(detector, width=32).train()
-    model.load_state_dict(task.model.state_dict(), strict=True)  # also: the same names and shapes
+    model.load_state_dict(task.model.detector.state_dict(), strict=True)  # also: the same names and shapes
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in (task, model)]
     for step in range(10):
         images, prepared = batch(step)
@@ -73,7 +73,7 @@ def test_ten_steps_equal_torchvision_term_by_term(detector):
         assert output.metrics.keys() == expected.keys()
         for name, value in expected.items():
             assert output.metrics[name].item() == pytest.approx(value.item(), rel=TERM, abs=TERM), f"{name} at step {step}"
-        for loss, optimizer in zip((output.loss, sum(expected.values())), optimizers, strict=True):
+        for loss, optimizer in zip((output.loss, torch.stack(list(expected.values())).sum()), optimizers, strict=True):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -90,6 +90,6 @@ def test_torchvisions_published_detectors_have_the_same_tensors(detector, model)
         classes = CLASSES + detector.startswith("faster")
         kwargs = {"weights": None, "weights_backbone": None, "num_classes": classes}
         expected = {k: v.shape for k, v in getattr(theirs, model)(**kwargs).state_dict().items()}
-        built = {k: v.shape for k, v in ours(detector, "resnet50").model.state_dict().items()}
+        built = {k: v.shape for k, v in ours(detector, "resnet50").model.detector.state_dict().items()}
     built = {k: v for k, v in built.items() if k in expected or not k.endswith("num_batches_tracked")}
     assert built == expected

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+import trainer.launch.resolvers  # noqa: F401  (what YAML calls)
 from tests.trainer.data.sources import Pictures, Rank, batches, equal, global_generators, take
 from trainer.config import Facts
 from trainer.config.augmentation import AugmentationConfig, Basic, Cub
@@ -52,7 +54,11 @@ class FramedPictures(Pictures):
 
 
 def configured(name: str, **changes: Any) -> AugmentationConfig:
-    values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    own = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    run = OmegaConf.create(
+        {"augmentation": own, "dataset": {"image_size": Dataset.image_size}, "model": {}}
+    )  # some values follow from these
+    values: Any = OmegaConf.to_container(run.augmentation, resolve=True)
     chosen = values.pop("defaults")[0].removesuffix("_schema")
     return schemas("augmentation")[chosen](**{**values, **changes})
 

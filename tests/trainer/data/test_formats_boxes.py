@@ -491,3 +491,21 @@ def test_voc_counts_pixels_from_zero_or_one_and_takes_a_class_file(tmp_path: Pat
     shutil.rmtree(tmp_path / "Annotations")
     (problem,) = config.problems()
     assert problem.key == "dataset.annotations" and "has no Annotations or" in problem.reason
+
+
+def test_arrays_of_another_depth_and_labels_without_an_image_are_named_at_load(
+    multispectral: MultispectralConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(str(multispectral.path))
+    first = next(p for p in sorted((root / "images").rglob("*.npy")) if "val" not in p.parts)
+    np.save(first, np.load(first)[..., :3])
+    labels = next(p for p in sorted((root / "labels").rglob("*.txt")) if "val" not in p.parts).parent
+    (labels / "nobody.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    with caplog.at_level(logging.WARNING):
+        multispectral.build("train")
+    assert f"{first.name} (3 instead of" in caplog.text
+    assert "nobody.txt" in caplog.text
+
+
+def test_a_split_that_shows_nothing_is_refused(tmp_path: Path) -> None:
+    assert [p.reason for p in coco(tmp_path, []).problems()] == ["the train split shows no object in any of its 2 images"]

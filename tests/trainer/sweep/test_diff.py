@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -125,7 +126,7 @@ def test_two_sweeps(tmp_path: Path, capsys) -> None:
         path.write_text(json.dumps(result))
     found = sweep_diff.differences(a, b)
     (arm,) = found["arms"]
-    test = stats.ttest_1samp(list(gains.values()), 0)
+    test: Any = stats.ttest_1samp(list(gains.values()), 0)
     assert (arm["a"]["n"], arm["b"]["n"], arm["difference"]["n"]) == (4, 3, 3)
     assert (arm["difference"]["difference"], arm["difference"]["p"]) == pytest.approx((0.02, test.pvalue))
     assert found["only"] == [["lr=0.0001"], ["lr=0.003"]] and found["base"] == [[], ["optimizer=sgd"]]

@@ -98,10 +98,12 @@ class Boxed(Standard):
         width, height = size_of(sample["image"])
         fit = self._fit(width, height, random)
         rest = {name: value for name, value in sample.items() if name != "image"}
+        if not self.train:
+            rest["source_size"] = (height, width)
         if "boxes" in rest:
             moved = fit.boxes(rest["boxes"])
             if not self.train:
-                rest["source_boxes"], rest["source_size"] = rest["boxes"], (height, width)
+                rest["source_boxes"] = rest["boxes"]
             rest["boxes"] = np.clip(moved, 0, np.array([fit.width, fit.height] * 2, dtype=np.float32))
             if self.train:
                 drop_invisible(rest, moved, self.min_visible)

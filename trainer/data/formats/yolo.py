@@ -34,7 +34,7 @@ def scan_yolo(images: Path, labels: Path, classes: Sequence[str], kind: str, pol
 
     def scan(watch: Watch):
         read = Annotations(classes=classes)
-        number = 0
+        number, labelled = 0, _label_files(labels)
         for directory, below, files in os.walk(images, followlinks=True):
             below[:] = sorted(name for name in below if not name.startswith("."))
             relative = os.path.relpath(directory, images)
@@ -45,12 +45,32 @@ def scan_yolo(images: Path, labels: Path, classes: Sequence[str], kind: str, pol
                 path = os.path.normpath(os.path.join(relative, name))
                 _read_image(read, images, path, labels / (os.path.splitext(path)[0] + ".txt"), measure, number)
                 number += 1
+                labelled.discard(os.path.splitext(path)[0])
+        for stem in sorted(labelled):
+            read.defect("unknown_image", f"{stem}.txt")
+        if kind == "multispectral":
+            _find_odd_arrays(read, images)
         return settle(read, policy, keep_empty, str(labels))
 
     options = {
         "images": os.path.relpath(images, labels), "classes": list(classes), "kind": kind, "policy": policy, "keep_empty": keep_empty
     }  # fmt: skip
     return cached(labels, kind, options, scan)
+
+
+def _label_files(labels: Path) -> set[str]:
+    """Label files that hold anything, without their extension, relative to the folder."""
+    found = (path for path in labels.rglob("*.txt") if path.name != "classes.txt" and path.stat().st_size)
+    return {os.path.splitext(os.path.relpath(path, labels))[0] for path in found}
+
+
+def _find_odd_arrays(read: Annotations, images: Path) -> None:
+    """Arrays of another number of channels than most: they would be bad samples in the middle of an epoch."""
+    channels = [array_channels(str(images / path)) for path in read.paths]
+    usual = max(set(channels), key=channels.count, default=None)
+    for path, count in zip(read.paths, channels):
+        if count != usual:
+            read.defect("odd_channels", f"{path} ({count} instead of {usual})")
 
 
 def _read_image(read: Annotations, root: Path, path: str, label_file: Path, measure: Measure, number: int) -> None:

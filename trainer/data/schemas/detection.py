@@ -85,6 +85,11 @@ class DetectionConfig(DatasetConfig):
                 f"the categories of train ({listed(train.classes)}) and val ({listed(val.classes)}) differ",
                 "write both splits with the same list of categories",
             )
+            return
+        for split, source in sources.items():
+            counts = getattr(source, "object_counts", None)  # not of a part of a folder
+            if len(source) and counts is not None and not counts().any():
+                yield Problem("dataset.path", self.path, f"the {split} split shows no object in any of its {len(source)} images")
 
     def root(self, split: str) -> Path:
         return Path((self.val_path if split == "val" and self.val_path else self.path) or "").expanduser()

@@ -16,6 +16,7 @@ class DigitsConfig(DatasetConfig):
     """1,797 handwritten digits of 8 x 8 pixels, from scikit-learn; a fixed fifth of each class validates."""
 
     on_disk: ClassVar[bool] = False
+    tiny: ClassVar[bool] = True
 
     def build(self, split: str) -> Source:
         from trainer.data.formats.embedded import Digits
@@ -32,6 +33,7 @@ class SyntheticConfig(DatasetConfig):
     """A pattern per class in noise, made on the fly: for tests and benchmarks. Easily learned."""
 
     on_disk: ClassVar[bool] = False
+    tiny: ClassVar[bool] = True
 
     num_classes: int = setting(10, "classes", ge=1)
     num_train: int = setting(2000, "training samples", ge=1)
@@ -56,6 +58,7 @@ class ComposedConfig(DatasetConfig):
     """What pictures composed of digits have in common."""
 
     on_disk: ClassVar[bool] = False
+    tiny: ClassVar[bool] = True
 
     num_train: int = setting(2000, "training samples", ge=1)
     num_val: int = setting(400, "validation samples", ge=1)

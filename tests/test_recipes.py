@@ -1,0 +1,65 @@
+"""The recipes for classifiers, shrunk to a few steps on real photographs: on two ranks, killed and resumed to the last bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RealData
+from tests.processes import finish, logs, start_ranks
+from tests.test_exact import assert_same_run, last
+
+LENGTH = ["loop.batch_size=8", "loop.samples_per_epoch=16", "loop.log_every=1", "loop.progress=none", "logger.plots=false", "loop.validate_every=1",
+          "loop.max_validation_batches=2", "loop.checkpoint_every_steps=1", "dataset.num_workers=0", "scheduler.warmup_epochs=0"]  # fmt: skip
+NETWORK = ["model.stem=4", "model.widths=[4,8,8]", "model.blocks=[1,1,1]"]
+SMALL = {  # a recipe's own way of being small; what it is made of stays
+    "progressive_resizing": [*NETWORK, "loop.stages=[{epochs: 1, image_size: 16}, {epochs: 1, image_size: 24}, {epochs: 1, image_size: 32}]"],
+    "cifar10_resnet": [*NETWORK, "loop.epochs=3"],
+    "cifar10_vit": ["model.args={depth: 1, embed_dim: 24, num_heads: 2}", "loop.epochs=3"],
+    "deit_vit_s": ["dataset.image_size=32", "+model.args={depth: 1, embed_dim: 24, num_heads: 2}", "loop.epochs=3"],
+    "torchvision_resnet50_v1": ["dataset.image_size=32", "model.name=resnet18", "scheduler.decay_every=1", "loop.epochs=3"],
+    "torchvision_resnet50_v2": ["dataset.image_size=32", "model.name=resnet18", "loop.ema_every=2", "loop.epochs=3"],
+    "onecycle_resnet50": ["dataset.image_size=32", "model.name=resnet18", "loop.stages=[{epochs: 2}, {epochs: 1, mixup: 0, cutmix: 0}]"],
+    "linear_probe": ["dataset=image_folder", "dataset.image_size=32", "model=timm", "model.name=test_resnet", "loop.epochs=3"],
+}  # fmt: skip
+QUICK = ("progressive_resizing",)  # stages, batch normalisation, an average, bf16; the others' parts are in tests/test_choices.py
+
+
+@pytest.mark.parametrize("recipe", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL])
+def test_killed_on_two_ranks_and_resumed(recipe: str, shared_data: RealData, tmp_path: Path):
+    overrides = [f"experiment={recipe}", *LENGTH, *SMALL[recipe], f"dataset.path={shared_data / 'cifar10'}"]
+    whole = start_ranks(tmp_path / "unbroken", overrides, 2)
+    fault = {"TRAINYARD_CHECKPOINT_FAULT": "sync:kill:4"}
+    broken = start_ranks(tmp_path / "killed", overrides, 2, environment=fault)
+    assert finish(whole) == [0, 0], logs(tmp_path / "unbroken")
+    assert finish(broken)[0] == -signal.SIGKILL, logs(tmp_path / "killed")
+    assert 0 < last(tmp_path / "killed")["step"] < 6
+    assert finish(start_ranks(tmp_path / "killed", overrides, 2)) == [0, 0], logs(tmp_path / "killed")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
+
+
+def result_of(recipe: str, path: Path, directory: Path, seed: int) -> dict:
+    from trainer.launch.compose import compose_run
+    from trainer.run import train
+    from trainer.rundir import RunDirectory
+
+    overrides = [f"experiment={recipe}", f"dataset.path={path}", f"seed={seed}", "loop.progress=none", "logger.plots=false"]
+    return train(compose_run(*overrides), RunDirectory(directory / f"{recipe}-{seed}"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_growing_images_learn_as_well_in_less_time(shared_data: RealData, tmp_path: Path):
+    """What the two recipes' headers promise; the mean of three seeds, each pair one after the other on the same machine."""
+    from tests import thresholds
+
+    path = shared_data / "cifar10"
+    pairs = [[result_of(recipe, path, tmp_path, seed) for recipe in ("cifar10_resnet", "progressive_resizing")] for seed in range(3)]
+    fixed, growing = ([pair[i]["best"]["val/top1"] for pair in pairs] for i in range(2))
+    print(json.dumps({"fixed": fixed, "growing": growing, "seconds": [[r["seconds"] for r in pair] for pair in pairs]}))
+    assert sum(fixed) / 3 >= thresholds.CIFAR_TOP1
+    assert sum(growing) / 3 >= sum(fixed) / 3 - thresholds.GROWING_POINTS
+    assert sum(pair[1]["seconds"] for pair in pairs) <= thresholds.GROWING_SECONDS * sum(pair[0]["seconds"] for pair in pairs)
