@@ -103,11 +103,14 @@ class Manifest:
         jobs = [Job(**{f.name: job[f.name] for f in fields(Job) if f.name in job}) for job in content["jobs"]]
         return cls(path, jobs=jobs, **{key: value for key, value in content.items() if key in known})
 
-    def save(self) -> None:
-        """Replace the file in one step: a reader sees the old manifest or the new one, never half of it."""
+    def save(self, *, durable: bool = True) -> None:
+        """Replace the file in one step: a reader sees the old manifest or the new one, never half of it. What a power cut may
+        take back, as the run directories know it too, need not be `durable`."""
         content = {key: value for key, value in asdict(self).items() if key != "path"}
         order = ["version", "sweep", "name", "created", "cwd", "argv", "launcher", "settings", "base", "jobs"]
-        write_atomically(self.path / FILE, json.dumps({key: content[key] for key in order}, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(
+            self.path / FILE, json.dumps({key: content[key] for key in order}, indent=1, ensure_ascii=False) + "\n", durable=durable
+        )
 
     @property
     def root(self) -> Path:

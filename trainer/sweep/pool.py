@@ -129,7 +129,7 @@ class Pool:
         slot = self.slots.popleft()
         job.attempts += 1
         self._note(job, "running", None)
-        self.manifest.save()  # before it starts: a launcher killed in between has started nothing
+        self.manifest.save(durable=False)  # before it starts: a launcher killed in between has started nothing
         self.running[job.index] = Running(job, slot, since=time.monotonic())
         request = {
             "job": job.index, "directory": str(self.manifest.directory(job)), "log": str(self.log_of(job)),
@@ -184,7 +184,7 @@ class Pool:
         self.codes[job.index] = code if code >= 0 else 128 - code
         state, reason = explain_end(directory, code, self.log_of(job), cancelled=running.told and not self.signals)
         self._note(job, state, reason)
-        self.manifest.save()
+        self.manifest.save(durable=False)
         self.say(f"{self._name(job)} {describe(directory, State(state, reason))}, after {time.monotonic() - running.since:.0f} s")
         if state == "failed":
             self.say(f"    {self.log_of(job)} has the rest")
@@ -199,7 +199,7 @@ class Pool:
             job = self.queue.popleft()
             self._note(job, "held", "the first job did not get far enough (hydra.launcher.canary)")
             self.codes.setdefault(job.index, 1)
-        self.manifest.save()
+        self.manifest.save(durable=False)
         self.say("the other jobs are held; python -m trainer resume starts them all the same")
 
     def _look_around(self) -> None:
@@ -227,7 +227,7 @@ class Pool:
             if index in wanted:
                 running.told = True
                 self._send(running, signal.SIGTERM)
-        self.manifest.save()
+        self.manifest.save(durable=False)
 
     # Signals
 
