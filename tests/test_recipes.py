@@ -25,7 +25,7 @@ SMALL = {  # a recipe's own way of being small; what it is made of stays
     "onecycle_resnet50": ["dataset.image_size=32", "model.name=resnet18", "loop.stages=[{epochs: 2}, {epochs: 1, mixup: 0, cutmix: 0}]"],
     "linear_probe": ["dataset=image_folder", "dataset.image_size=32", "model=timm", "model.name=test_resnet", "loop.epochs=3"],
 }  # fmt: skip
-QUICK = ("progressive_resizing", "deit_vit_s")  # between them: stages, batch normalisation, an average, mixing, repeats, bf16
+QUICK = ("progressive_resizing",)  # stages, batch normalisation, an average, bf16; the others' parts are in tests/test_choices.py
 
 
 @pytest.mark.parametrize("recipe", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SMALL])

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -41,6 +42,16 @@ class Batching(GeneralizedRCNNTransform):
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         return image, target
+
+
+class CoarserMaps(LastLevelP6P7):
+    """P6 and P7 in fp32: in bf16 on a CPU, the weights' gradient of a convolution with stride 2 over a map of one place is
+    partly memory that nobody has written (torch 2.15, oneDNN), and small images have such maps."""
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        with torch.autocast(p[-1].device.type, enabled=False):
+            whole, names = super().forward([p[-1].float()], [c[-1].float()], names)
+        return [*p, *whole[1:]], names
 
 
 class Backbone(nn.Module):
@@ -77,10 +88,10 @@ def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, 
     """The detector, with fresh weights in all that is not the backbone's."""
     freeze(pyramid, cfg)
     width = cfg.width_at(image_size)
-    extra = LastLevelMaxPool() if cfg.is_rcnn else LastLevelP6P7(pyramid.channels[-1] if cfg.detector == "retinanet_v2" else width, width)
+    extra = LastLevelMaxPool() if cfg.is_rcnn else CoarserMaps(pyramid.channels[-1] if cfg.detector == "retinanet_v2" else width, width)
     if pyramid.plain:
         if cfg.detector == "retinanet_v2":
-            extra = LastLevelP6P7(width, width)
+            extra = CoarserMaps(width, width)
         fpn: nn.Module = SimplePyramid(pyramid.channels[0], pyramid.strides[0], cfg.strides, width, extra)
     else:
         norm = nn.BatchNorm2d if cfg.detector == "faster_rcnn_v2" else None

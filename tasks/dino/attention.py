@@ -11,29 +11,40 @@ from torch import Tensor, nn
 
 
 def has_attention(network: nn.Module) -> bool:
-    """Whether `network` is a ViT of timm's, with a class token and plain attention."""
-    blocks = getattr(network, "blocks", None)
-    attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential) and len(blocks) else None
-    parts = ("qkv", "q_norm", "k_norm", "num_heads", "scale")
-    return getattr(network, "cls_token", None) is not None and all(hasattr(attention, part) for part in parts)
+    """Whether `network` is a ViT of timm's with a class token and plain attention, or ends in attention of the class token alone."""
+    return getattr(network, "cls_token", None) is not None and _last(network) is not None
+
+
+def _last(network: Any) -> Any:
+    """The attention of the last block, if it is of a kind that is understood here."""
+    from timm.layers import Attention
+    from timm.models.cait import ClassAttn  # XCiT's and CaiT's: the class token asks, all tokens answer
+
+    blocks = getattr(network, "cls_attn_blocks", None) or getattr(network, "blocks", None)
+    attention = getattr(blocks[-1], "attn", None) if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) else None
+    return attention if isinstance(attention, Attention | ClassAttn) else None
 
 
 @torch.no_grad()
 def attention_maps(network: Any, images: Tensor) -> Tensor:
     """[N, heads, h, w], each summing to at most 1: what is left goes to the class token itself and to registers."""
     seen: list[Tensor] = []
-    attention = network.blocks[-1].attn
+    attention = _last(network)
     handle = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         network.forward_features(images)
     finally:
         handle.remove()
     x = seen[0]  # [N, T, D], after the block's norm
-    q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [N, heads, T, d] each
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    if hasattr(attention, "qkv"):
+        q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [N, heads, T, d] each
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    else:
+        q, k = (part(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in (attention.q, attention.k))
     weights = ((q[:, :, :1] * attention.scale) @ k.transpose(-2, -1)).float().softmax(-1)[:, :, 0]  # [N, heads, T]
-    height = images.shape[-2] // network.patch_embed.patch_size[0]
-    return weights[:, :, network.num_prefix_tokens :].unflatten(-1, (height, -1))
+    size = network.patch_embed.patch_size
+    height = images.shape[-2] // (size if isinstance(size, int) else size[0])
+    return weights[:, :, getattr(network, "num_prefix_tokens", 1) :].unflatten(-1, (height, -1))
 
 
 def sheet(images: Tensor, maps: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -68,9 +68,11 @@ def _width(backbone: nn.Module, channels: int, size: int) -> int:
 
 def _grid(cfg: DinoConfig, run: RunConfig, backbone: nn.Module) -> tuple[int, int]:
     """Patches of a large view, in height and width."""
+    from timm.layers import PatchEmbed
+
     embed = getattr(backbone, "patch_embed", None)
-    if not hasattr(embed, "grid_size") or not hasattr(backbone, "num_prefix_tokens"):
+    if not isinstance(embed, PatchEmbed) or not hasattr(backbone, "num_prefix_tokens"):
         reason = f"task.method={cfg.method} hides patches, and {type(backbone).__name__} does not tell its own apart: it takes a ViT"
         raise ConfigError(Problem("model.name", run.model.name, reason, "model=vit_s, or task.method=dino"))
-    height, width = embed.grid_size  # type: ignore[union-attr, misc]
-    return int(height), int(width)
+    assert embed.grid_size is not None
+    return embed.grid_size

@@ -152,6 +152,18 @@ def test_attention_maps_are_the_networks_own():
     torch.testing.assert_close(maps.flatten(2), seen[0][:, :, 0, 1:])
 
 
+def test_attention_of_class_tokens_alone_is_the_networks_own():
+    xcit = timm.create_model("xcit_nano_12_p8_224", num_classes=0, embed_dim=32, depth=1, num_heads=4).eval()
+    attention = xcit.cls_attn_blocks[-1].attn  # type: ignore[index]
+    attention.fused_attn = False
+    seen = []
+    attention.attn_drop.register_forward_hook(lambda *a: seen.append(a[2]))
+    images = torch.randn(3, 3, 32, 48)
+    maps = attention_maps(xcit, images)
+    assert maps.shape == (3, 4, 4, 6)
+    torch.testing.assert_close(maps.flatten(2), seen[0][:, :, 0, 1:])
+
+
 @pytest.mark.parametrize(
     ("collapse", "says"),
     [("alike", "the teacher finds all prototypes alike"), ("one", "the teacher says the same of nearly every image")],

@@ -20,6 +20,7 @@ from tasks.kd.build import build
 from tasks.kd.config import KdConfig
 from tasks.kd.task import Kd
 from tasks.kd.teachers import Look, Teacher
+from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import assert_same_run, last, stop_after
 from trainer import load_model
 from trainer.errors import ConfigError, Stopped
@@ -340,6 +341,17 @@ def test_without_a_teacher_one_is_trained_and_kept(tmp_path, monkeypatch):
     other = train(compose_run(*arguments, "seed=5"))
     assert other["last"]["val/top1"] >= 0
     assert (place / "checkpoints" / "last.pt").stat().st_mtime_ns == written, "another seed's student learns from the same"
+
+
+def test_runs_that_need_the_same_teacher_wait_for_whoever_trains_it(tmp_path):
+    """A run on two ranks and another one, begun at the same time."""
+    overrides = [*STUDENT, "task.teacher_model=test_resnet", f"runs_dir={tmp_path / 'runs'}"]
+    both = [*start_ranks(tmp_path / "two", overrides, 2), start(tmp_path / "one", [*overrides, "seed=5"])]
+    assert finish(both) == [0, 0, 0], logs(tmp_path / "two") + logs(tmp_path / "one")
+    (place,) = (tmp_path / "runs").glob("teacher-*/*")
+    assert RunDirectory(place).is_finished()
+    assert len(RunDirectory(place).read_environment().get("previous", [])) == 0, "it was begun once"
+    assert RunDirectory(tmp_path / "one").is_finished() and RunDirectory(tmp_path / "two").is_finished()
 
 
 def test_unlabelled_images_are_enough(trained, tmp_path):

@@ -16,7 +16,6 @@ from trainer.errors import ConfigError, Stopped
 from trainer.launch.compose import checked, compose
 from trainer.launch.find_lr import main as find_lr
 from trainer.lr_curve import Sweep, longest_descent
-from trainer.run import find_lr as sweep_of
 
 VIT = [*MODELS["vit"], "dataset.num_workers=0"]
 RESNET = [*MODELS["batchnorm"], "dataset.num_workers=0"]
@@ -183,11 +182,3 @@ def test_the_verb_leaves_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "runs").exists() and "learning rates from 1e-07" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="torchrun"):
         find_lr(["distributed=local", "distributed.processes=2"])
-
-
-def test_the_verb_and_the_run_find_the_same(tmp_path: Path):
-    from trainer.launch.compose import compose_run
-
-    run(tmp_path / "run", *VIT, *SWEEP)
-    rates = sweep_of(compose_run(*SHORT, *VIT, *SWEEP), tmp_path / "verb")
-    assert rates == json.loads((tmp_path / "run" / "lr_finder.json").read_text())["suggestions"]

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
+GONE = "GONE"
 _TIMEOUT = 5.0  # seconds
 _FRESH = 15.0  # seconds an answer is good for
 _STATES = {
@@ -16,7 +17,7 @@ _STATES = {
     "RUNNING": "running", "COMPLETING": "running", "SUSPENDED": "running", "STOPPED": "running", "STAGE_OUT": "running", "SIGNALING": "running",
     "RESIZING": "running",
     "COMPLETED": "completed", "FAILED": "failed", "BOOT_FAIL": "failed", "NODE_FAIL": "failed", "OUT_OF_MEMORY": "failed", "DEADLINE": "failed",
-    "TIMEOUT": "failed", "PREEMPTED": "preempted", "CANCELLED": "cancelled", "REVOKED": "cancelled",
+    "TIMEOUT": "failed", "PREEMPTED": "preempted", "CANCELLED": "cancelled", "REVOKED": "cancelled", "GONE": "interrupted",
 }  # fmt: skip
 """SLURM's states in our words (squeue(1), sacct(1))."""
 
@@ -45,26 +46,23 @@ def in_our_words(word: str) -> str:
 
 
 def words(job_ids: Sequence[str | None]) -> dict[str, str]:
-    """SLURM's own word for the state of each job that it knows: RUNNING, NODE_FAIL …"""
+    """SLURM's own word for the state of each job that it knows: RUNNING, NODE_FAIL … GONE is ours, for a job that has left the
+    queue without accounting to say how; where SLURM does not answer, there is no word at all."""
     wanted = {job for job in job_ids if job}
-    if not wanted:
-        return {}
-    found = queue_states()
+    rows = queue() if wanted else None
+    found = {job: word for job, word, _ in rows or () if job in wanted}
     left = wanted - found.keys()
     if left:
         found |= {job: word for job, word in _sacct(left).items() if job in left}
-    return {job: word for job, word in found.items() if job in wanted}
+    return found if rows is None else dict.fromkeys(wanted, GONE) | found
 
 
-def queue_states() -> dict[str, str]:
-    """Every job of ours that is in the queue, array tasks one by one: {"12_3": "PENDING"}."""
-    return {job: word for job, word, _ in queue()}
-
-
-def queue() -> list[tuple[str, str, str]]:
-    """(id, state, comment) of every job of ours in the queue."""
+def queue() -> list[tuple[str, str, str]] | None:
+    """(id, state, comment) of every job of ours in the queue, array tasks one by one; None where SLURM does not answer."""
     text = run("squeue", "--me", "-h", "-r", "-o", "%i|%T|%k")
-    rows = [line.split("|", 2) for line in (text or "").splitlines()]
+    if text is None:
+        return None
+    rows = [line.split("|", 2) for line in text.splitlines()]
     return [(row[0].strip(), row[1].strip(), row[2].strip()) for row in rows if len(row) == 3]
 
 

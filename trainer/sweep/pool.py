@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainer.errors import Interrupted, Stopped
+from trainer.errors import Interrupted, Stopped, TrainyardError
 from trainer.sweep.manifest import Job, Manifest, State, state_of
 from trainer.sweep.outcome import describe, explain_end, has_passed
 
@@ -165,7 +165,7 @@ class Pool:
     def _hear(self, line: socket.socket) -> None:
         received = line.recv(1 << 16)
         if not received:
-            raise RuntimeError("the process that starts jobs has ended; its last words are above")
+            raise TrainyardError("the process that starts the jobs has ended before them; what it said is above")
         *lines, self._rest = (self._rest + received).split(b"\n")
         for message in map(json.loads, lines):
             if "pid" in message:

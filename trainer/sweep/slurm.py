@@ -174,7 +174,7 @@ def _refused(said: str, manifest: Manifest, batch: Sequence[Job]) -> ConfigError
 
 def adopt(manifest: Manifest) -> None:
     """Write down the ids of jobs that were queued by a launcher which died before it could."""
-    for job_id, _, comment in cluster.queue():
+    for job_id, _, comment in cluster.queue() or ():
         _, mark, folder = comment.partition(_MARK)
         if not mark or Path(folder).parent.parent != manifest.path.absolute():
             continue

@@ -21,16 +21,17 @@ def watch(manifest: Manifest) -> int:
         if time.monotonic() - asked > _ASKING_SLURM:
             manifest = Manifest.load(manifest.path)  # a canary may have held some of them
             asked, at_slurm = time.monotonic(), cluster.words([job.job_id for job in manifest.jobs])
-        ours = {job: cluster.in_our_words(word) for job, word in at_slurm.items()}
         found = states(manifest, at_slurm)
         for job, before, now in zip(manifest.jobs, known, found, strict=True):
             if before is None or before.state != now.state:
                 print(f"[{job.index}] {job} {describe(manifest.directory(job), now)}", flush=True)
         known = list(found)
-        if all(
-            s.is_final or (at_slurm and ours.get(j.job_id or "") not in ("queued", "running"))
-            for j, s in zip(manifest.jobs, found, strict=True)
-        ):
+        if all(_is_over(state, at_slurm.get(job.job_id or "")) for job, state in zip(manifest.jobs, found, strict=True)):
             print(summary(manifest))
             return int(any(s.state != "completed" for s in found))
         time.sleep(_ASKING)
+
+
+def _is_over(state: State, word: str | None) -> bool:
+    """Whether a job does not go on by itself; `word` is SLURM's for it."""
+    return state.is_final or (word is not None and cluster.in_our_words(word) not in ("queued", "running"))

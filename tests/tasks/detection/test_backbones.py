@@ -87,6 +87,7 @@ def test_every_detector_in_every_precision(detector, dtype):
         output = task(batch(3), Progress(0, 1, 1))
         output.loss.backward()
         assert torch.isfinite(output.loss)
+        assert all(torch.isfinite(p.grad).all() for p in task.parameters() if p.grad is not None)
         task.eval().model([torch.randn(3, 64, 64)])
 
 

@@ -73,7 +73,8 @@ def test_stopped_and_resumed_to_the_last_bit(name, tmp_path, monkeypatch):
     assert {"val/map", "val/map_50", "val/map_75"} <= result["last"].keys()
     pictures = list((directory / "previews").rglob("detections-*.png"))
     assert len(pictures) == 3 * 4, "of every validation"
-    assert Image.open(pictures[0]).size == (64, 64)
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (64, 64)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def _be(directory: RunDirectory) -> int:
             raise RuntimeError("the weights are gone")
         if what == "diverge":
             raise Diverged("nan")
-        end = time.monotonic() + float(argument or 0)
-        while time.monotonic() < end:
+        end = time.monotonic() + (60 if what == "after" else float(argument or 0))
+        while time.monotonic() < end and not (what == "after" and (directory.path.parent / argument / RAN).exists()):
             time.sleep(0.01)
             directory.status("running", step=100)
             if told:

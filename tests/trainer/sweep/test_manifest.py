@@ -14,6 +14,7 @@ import pytest
 from trainer.errors import ConfigError
 from trainer.lock import Busy
 from trainer.rundir import RunDirectory
+from trainer.sweep import cluster
 from trainer.sweep.manifest import FILE, Job, Manifest, counts, driving, new_directory, relative_directory, states
 
 
@@ -136,3 +137,17 @@ def test_a_run_whose_process_is_gone_does_not_run(sweep):
     sweep.jobs[0].job_id = "7"
     assert states(sweep, {"7": "PENDING"})[0].state == "queued"  # SLURM starts it again
     assert (states(sweep, {"7": "NODE_FAIL"})[0].state, states(sweep, {"7": "NODE_FAIL"})[0].reason) == ("failed", "SLURM says NODE_FAIL")
+
+
+def test_a_job_that_slurm_has_lost_is_not_waited_for(sweep, monkeypatch):
+    """Cancelled while it was queued, on a cluster without accounting: it has left the queue, and nobody says how."""
+    answers = {"squeue": "12_0|PENDING|\n", "sacct": None}
+    monkeypatch.setattr(cluster, "run", lambda *command, **more: answers[command[0]])
+    assert cluster.words(["12_0", "12_1", None]) == {"12_0": "PENDING", "12_1": "GONE"}
+    sweep.jobs[1].state, sweep.jobs[1].reason = "queued", None
+    found = states(sweep, cluster.words(["12_1"]))[1]
+    assert (found.state, found.is_final) == ("interrupted", True)
+    answers["sacct"] = "12_1|CANCELLED by 0\n"
+    assert cluster.words(["12_1"]) == {"12_1": "CANCELLED"}
+    answers["squeue"] = answers["sacct"] = None  # no answer is no news
+    assert cluster.words(["12_1"]) == {}

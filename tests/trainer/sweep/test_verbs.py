@@ -81,7 +81,7 @@ def test_cancel_without_a_launcher(sweep, capsys):
     manifest = sweep("work 0", "work 0")
     assert verbs.cancel([str(manifest.path), "1"]) == 0
     assert how(manifest) == ["queued", "cancelled"]
-    assert verbs.resume([str(manifest.path)]) == 1
+    assert verbs.resume([str(manifest.path)]) == 0
     assert how(manifest) == ["completed", "cancelled"]
     assert verbs.cancel([str(manifest.path)]) == 0
     assert "nothing to cancel" in capsys.readouterr().out
