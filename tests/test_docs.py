@@ -84,7 +84,7 @@ def problems_of(command: str, tmp_path: Path) -> list[Problem]:
         for name in ("mine", "base"):
             (tmp_path / "experiment" / f"{name}.yaml").write_text("# @package _global_\nname: mine\nloop: {epochs: 3}\n")
     if ("-m" in words and "trainer" not in words) or any(o.startswith("hydra/launcher=") for o in overrides):
-        return sweep_problems([o for o in overrides if "sweep.file=" not in o])
+        return [p for p in sweep_problems([o for o in overrides if "sweep.file=" not in o]) if p.key not in ELSEWHERE]
     _, problems = checked(compose(overrides, config_dir))
     return [p for p in problems if p.key not in ELSEWHERE]
 

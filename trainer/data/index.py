@@ -129,7 +129,7 @@ def _parent_of(directory: Path) -> Path | None:
 
 
 def _places(directory: Path, home: Path | None, name: str) -> Iterator[Path]:
-    if home is not None:
+    if home is not None and home.is_dir():  # a mistyped path is not to be made true
         yield home / FOLDER / name
     yield _cache() / "indexes" / hashlib.sha256(str(directory).encode()).hexdigest()[:16] / name
 
