@@ -69,11 +69,11 @@ class TrainState:
         hidden = tuple(f"{name}." for name in self.task.never_trained())
         load_strictly(self.task, saved["task"], hidden)
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            peaks = [group["lr"] for group in optimizer.param_groups]
+            peaks = [{k: group[k] for k in ("lr", "weight_decay") if k in group} for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-            # The saved rates are those of one moment of the schedule; the peak they are a fraction of comes from the config.
+            # The saved rates and decays are those of one moment of the schedule; what they are a fraction of comes from the config.
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak
+                group.update(peak)
         if self.scaler and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema and saved["ema"]:
