@@ -22,7 +22,7 @@ DISPLAY_SECONDS_PER_STEP = 2e-6  # two attribute accesses take 0.1 us; a progres
 LEARNS = 0.9  # of the loss at the start, after 30 steps of an optimizer (LARS: 300) at its choice's own rate; measured 0 to 0.76
 PARITY_LOSS = 1e-5  # relative, over ten steps against timm's own pieces: the same arithmetic, added up by fused kernels in another order
 
-OVERFIT_MAP_50 = 0.5  # of eight scenes after 80 steps; an untrained detector has less than 0.01. Measured 0.9
+OVERFIT_MAP_50 = 0.5  # of eight scenes after 80 steps; an untrained detector has less than 0.01
 
 PAGE_MILLISECONDS = 6000  # promised 2,000 for 500 jobs on a quiet machine, where it takes 250: the benchmark judges that
 SWEEP_SECONDS_PER_JOB = 0.03  # of CPU, to compose and check a job of a sweep; it takes 0.01, and composing it by itself 0.1

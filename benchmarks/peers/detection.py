@@ -45,40 +45,26 @@ def photographs() -> Path:
 
 def ours() -> Callable[[], float]:
     """Milliseconds per image."""
-    from benchmarks.peers.ours import Surroundings
-    from trainer.build import build_data, build_task, periods_of
+    import tasks  # noqa: F401  (registers the tasks' schemas)
+    from benchmarks.peers.ours import OVERRIDES, prepare_task
+    from trainer.build import build_data, build_task
     from trainer.distributed import World
-    from trainer.engine import Engine
-    from trainer.log import open_display
-    from trainer.recorder import Recorder
-    from trainer.run import build_state, loaders
+    from trainer.feeds import loaders
+    from trainer.launch.compose import compose_run
 
     torch.set_num_threads(1)
-    parts = Surroundings([
+    overrides = [
         "task=detection", "dataset=coco", f"dataset.path={photographs()}", f"dataset.image_size={LONGEST}", "model=torchvision",
         "model.name=resnet18", "task.width=256", "task.roi_samples=512", "optimizer=sgd", "optimizer.lr=1e-4", "loop.ema_decay=null",
-        f"loop.batch_size={BATCH}", "loop.steps=1000000", "dataset.num_workers=0",
-    ])  # fmt: skip
-    run, world = parts.run, World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+        "loop.max_grad_norm=null", f"loop.batch_size={BATCH}", "loop.steps=1000000", "dataset.num_workers=0",
+    ]  # fmt: skip
+    run, world = compose_run(*OVERRIDES, *overrides), World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     data = build_data(run)
     task = build_task(run, data, world.device, 1)
-    state, periods = build_state(run, task), periods_of(run, data)
     stream = iter(loaders(run, data, task, world, 0)[0])
-
-    def fit(steps: int) -> None:
-        end = state.step + steps
-        recorder = Recorder(
-            run, parts.directory, state, periods, world, parts.journal, open_display(run.loop.progress, True, 1, 1), None,
-            portrait={}, metric="val/map", higher_is_better=True,
-        )  # fmt: skip
-        schedule = run.scheduler.build(periods.total, periods.epoch)
-        engine = Engine(
-            state, world, schedule, periods, run.loop, run.precision, seed=0, reporter=recorder, poll=lambda step: int(step >= end)
-        )
-        engine.fit(stream, None)
-
-    fit(1)
-    return lambda: _milliseconds(lambda: fit(STEPS), STEPS * BATCH)
+    fit = prepare_task(task, overrides)
+    fit(stream, steps=1)
+    return lambda: _milliseconds(lambda: fit(stream, steps=STEPS), STEPS * BATCH)
 
 
 def reference() -> Callable[[], float]:
