@@ -98,7 +98,7 @@ def test_balanced_assignments_are_lightlys():
     ours = balanced(scores, 0.3)
     torch.testing.assert_close(ours, sinkhorn(scores, iterations=3, epsilon=0.3), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.sum(1), torch.ones(24))
-    torch.testing.assert_close(balanced(scores + 1000, 0.3), ours, atol=1e-4, rtol=1e-3), "no overflow"
+    torch.testing.assert_close(balanced(scores + 1000, 0.3), ours, atol=1e-4, rtol=1e-3)  # no overflow
     assert balanced(scores[:0], 0.3).shape == (0, 8)
 
 

@@ -144,7 +144,7 @@ def test_speed_time_and_stages(tmp_path: Path) -> None:
     figure = course.stages(curves)
     assert figure is not None
     course.mark_stages(figure, curves)
-    assert all(8 in line.get_xdata() for axis in figure.axes for line in axis.get_lines()[-1:])
+    assert all(8 in np.asarray(line.get_xdata()) for axis in figure.axes for line in axis.get_lines()[-1:])
 
 
 def test_an_epoch_is_drawn_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
