@@ -25,8 +25,8 @@ USAGE = """\
 python launch.py [group=choice ...] [key=value ...]
 
 One run: its groups are chosen by name, its settings set by key; the command line wins over YAML.
---cfg job shows the composed config, -m key=1,2,3 starts a job for each value, here or on SLURM (--help hydra/launcher=slurm);
-more: --hydra-help.
+--cfg job shows the composed config, -m key=1,2,3 starts a job for each value, here or on
+SLURM (--help hydra/launcher=slurm); more: --hydra-help.
 Completion: eval "$(python launch.py -sc install=bash)". What is not training: python -m trainer."""
 
 
