@@ -116,6 +116,8 @@ class Pool:
 
     def _fill(self, line: socket.socket) -> None:
         """A job for every free slot."""
+        if self.slots and self.queue:
+            self._cancel()  # nobody wants to see a job start that was cancelled a moment ago
         for _ in range(len(self.queue)):
             if self.signals or not self.slots or (self._canary and self.running):
                 return
