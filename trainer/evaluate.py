@@ -9,7 +9,7 @@ import csv
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,13 +18,11 @@ from typing import Any
 from torch import Tensor
 
 from trainer.config import RunConfig
-from trainer.data.loader import Loader, validation_loader, worker_count
 from trainer.data.relabel import class_names, only, places_of, relabelled
-from trainer.data.source import Source, Subset
 from trainer.distributed import World, open_world
 from trainer.engine import Engine, Periods
 from trainer.errors import ConfigError, Problem
-from trainer.feeds import spread
+from trainer.feeds import as_validated, reference, share_of
 from trainer.files import storage_error, write_atomically
 from trainer.inference import load_task
 from trainer.models import prepare
@@ -32,7 +30,7 @@ from trainer.run import known_errors, set_backends
 from trainer.rundir import RunDirectory
 from trainer.signals import StopSignals, stop_error
 from trainer.stages import build_state
-from trainer.task import Batch, ComparesWithTraining, Report, Reports, Task
+from trainer.task import ComparesWithTraining, Report, Reports, Task
 from trainer.vote import StopVote
 from trainer.watchdog import Watchdog
 
@@ -69,9 +67,9 @@ def evaluate(run: RunConfig, directory: RunDirectory, question: Question, out: P
                 raise ConfigError(Problem("split", question.split, "there are no samples in it", "dataset.val_path=/path/to/data"))
             engine = _engine(run, task, saved, world, StopVote(world, signals.told).poll, watchdog.tick)
             evaluator = task.evaluator()
-            loader = _loader(run, task, source, world, run.loop.max_validation_batches)
+            loader = as_validated(run, task, source, world, run.loop.max_validation_batches)
             if isinstance(evaluator, ComparesWithTraining):
-                engine.reference = _reference(run, task, saved["classes"], world)
+                engine.reference = reference(run, task, relabelled(run.dataset.build("train"), saved["classes"]), world)
             started = time.perf_counter()
             scores = engine.evaluate(loader, illustrate=True, evaluator=evaluator)
             if scores is None:
@@ -105,31 +103,7 @@ def restrict(task: Task, text: str, classes: Sequence[str]) -> list[int]:
 def _count(run: RunConfig, world: World, size: int) -> int:
     """How many samples are looked at, where there is a limit on batches too."""
     most = run.loop.max_validation_batches
-    return size if most is None else min(size, most * _share(run, world) * world.size)
-
-
-def _share(run: RunConfig, world: World) -> int:
-    """Images of a rank's batch."""
-    return max(1, run.loop.batch_size // (world.size * run.loop.accumulate))
-
-
-def _loader(run: RunConfig, task: Task, source: Source, world: World, max_batches: int | None = None) -> Loader:
-    cfg = run.dataset
-    return validation_loader(
-        source, task.augmentation(train=False) or run.augmentation.build(cfg, train=False), world, seed=run.seed,
-        batch_size=_share(run, world), max_batches=max_batches,
-        workers=worker_count(cfg.num_workers, world.local_size, world.device), prefetch=cfg.prefetch, timeout=cfg.worker_timeout,
-        max_bad_samples=cfg.max_bad_samples, num_classes=len(source.classes) or None,
-    )  # fmt: skip
-
-
-def _reference(run: RunConfig, task: Task, classes: Sequence[str], world: World) -> Iterable[Batch] | None:
-    known, most = relabelled(run.dataset.build("train"), classes), run.loop.max_reference_images
-    if hasattr(known, "divide"):  # read front to back, so that nobody can ask for some of it
-        return None
-    if most is not None and most < len(known):
-        known = Subset(known, spread(len(known), most))
-    return _loader(run, task, known, world)
+    return size if most is None else min(size, most * share_of(run, world) * world.size)
 
 
 def _engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -19,29 +20,44 @@ def loaders(
 ) -> tuple[Iterable[Batch], Iterable[Batch] | None, Iterable[Batch] | None]:
     """Training micro-batches from optimizer step `step` on; the validation set, if there is one; and the training set as
     validation sees it, where the task's evaluator compares with it."""
-    cfg, classes = run.dataset, len(data.train.classes) or None
-    workers = worker_count(cfg.num_workers, world.local_size, world.device)
-    shared = {
-        "workers": workers, "prefetch": cfg.prefetch, "timeout": cfg.worker_timeout, "max_bad_samples": cfg.max_bad_samples, "num_classes": classes,
-    }  # fmt: skip
-    augmentation = task.augmentation(train=True) or run.augmentation.build(cfg, train=not run.debug.overfit)
-    batches = train_loader(data.train, augmentation, data.order, world, accumulate=run.loop.accumulate, start_step=step, **shared)
+    augmentation = task.augmentation(train=True) or run.augmentation.build(run.dataset, train=not run.debug.overfit)
+    batches = train_loader(
+        data.train, augmentation, data.order, world, accumulate=run.loop.accumulate, start_step=step,
+        num_classes=len(data.train.classes) or None, **_reading(run, world),
+    )  # fmt: skip
     if data.val is None or len(data.val) == 0:
         return batches, None, None
-    size = max(1, run.loop.batch_size // (world.size * run.loop.accumulate))
+    validation = as_validated(run, task, data.val, world, run.loop.max_validation_batches)
+    wanted = isinstance(task.evaluator(), ComparesWithTraining)
+    return batches, validation, reference(run, task, data.train, world) if wanted else None
 
-    def once(source: Source, max_batches: int | None) -> Iterable[Batch]:
-        as_is = task.augmentation(train=False) or run.augmentation.build(cfg, train=False)
-        return validation_loader(source, as_is, world, seed=run.seed, batch_size=size, max_batches=max_batches, **shared)
 
-    validation = once(data.val, run.loop.max_validation_batches)
-    known = data.train
-    streamed = hasattr(known, "divide")  # read front to back, so that nobody can ask for some of it
-    if streamed or not isinstance(task.evaluator(), ComparesWithTraining):
-        return batches, validation, None
-    if run.loop.max_reference_images is not None and run.loop.max_reference_images < len(known):
-        known = Subset(known, spread(len(known), run.loop.max_reference_images))
-    return batches, validation, once(known, None)
+def as_validated(run: RunConfig, task: Task, source: Source, world: World, max_batches: int | None = None) -> Loader:
+    """Every sample of `source` once over all ranks, as validation sees it."""
+    return validation_loader(
+        source, task.augmentation(train=False) or run.augmentation.build(run.dataset, train=False), world, seed=run.seed,
+        batch_size=share_of(run, world), max_batches=max_batches, num_classes=len(source.classes) or None, **_reading(run, world),
+    )  # fmt: skip
+
+
+def reference(run: RunConfig, task: Task, known: Source, world: World) -> Loader | None:
+    """What an evaluator compares with; None where the data are read front to back, so that nobody can ask for some of it."""
+    if hasattr(known, "divide"):
+        return None
+    most = run.loop.max_reference_images
+    return as_validated(run, task, known if most is None or most >= len(known) else Subset(known, spread(len(known), most)), world)
+
+
+def share_of(run: RunConfig, world: World) -> int:
+    """Images of a rank's batch."""
+    return max(1, run.loop.batch_size // (world.size * run.loop.accumulate))
+
+
+def _reading(run: RunConfig, world: World) -> dict[str, Any]:
+    """How any loader of this run reads."""
+    cfg = run.dataset
+    workers = worker_count(cfg.num_workers, world.local_size, world.device)
+    return {"workers": workers, "prefetch": cfg.prefetch, "timeout": cfg.worker_timeout, "max_bad_samples": cfg.max_bad_samples}
 
 
 def spread(size: int, count: int) -> np.ndarray:
