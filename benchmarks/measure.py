@@ -168,24 +168,37 @@ class Race:
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def race(contenders: Sequence[Contender], rounds: int) -> Race:
-    """Measure all contenders `rounds` times, interleaved; whoever went first in a round goes last in the next."""
+def race(contenders: Sequence[Contender], rounds: int, restarts: int = 1) -> Race:
+    """Measure all contenders `rounds` times, interleaved; whoever went first in a round goes last in the next.
+
+    With `restarts`, the rounds are shared out over so many sets of new processes: which pages of memory a process gets decides
+    for its whole life how fast it streams through hundreds of megabytes, by a third either way.
+    """
     absent: dict[str, str] = {}
     times: dict[str, list[float]] = {}
-    with ExitStack() as stack:
-        ready: list[Contender] = []
-        for contender in contenders:
-            try:
-                ready.append(stack.enter_context(contender))
-                times[contender.name] = []
-            except Absent as reason:
-                absent[contender.name] = str(reason)
-        for i in range(rounds):
-            shift = i % max(len(ready), 1)
-            for contender in ready[shift:] + ready[:shift]:
-                if contender.name not in absent:
-                    try:
-                        times[contender.name].append(contender.measure())
-                    except Absent as reason:
-                        absent[contender.name] = str(reason)
+    for share in (len(range(i, rounds, restarts)) for i in range(restarts)):
+        with ExitStack() as stack:
+            ready = _started(contenders, stack, times, absent)
+            for i in range(share):
+                shift = i % max(len(ready), 1)
+                for contender in ready[shift:] + ready[:shift]:
+                    if contender.name not in absent:
+                        try:
+                            times[contender.name].append(contender.measure())
+                        except Absent as reason:
+                            absent[contender.name] = str(reason)
     return Race(times, absent)
+
+
+def _started(contenders: Sequence[Contender], stack: ExitStack, times: dict[str, list[float]], absent: dict[str, str]) -> list[Contender]:
+    """Those that can start, and have so far; `absent` learns of the others."""
+    ready: list[Contender] = []
+    for contender in contenders:
+        if contender.name in absent:
+            continue
+        try:
+            ready.append(stack.enter_context(contender))
+            times.setdefault(contender.name, [])
+        except Absent as reason:
+            absent[contender.name] = str(reason)
+    return ready

@@ -16,6 +16,7 @@ from trainer import load_model
 from trainer.build import build_data
 from trainer.errors import Stopped
 from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.evaluate import main as evaluate
 from trainer.launch.plot_lr import main as plot_lr
 from trainer.stages import stage_at, stages_of
 
@@ -64,6 +65,15 @@ def test_killed_in_the_second_stage_on_two_ranks(tmp_path: Path):
     assert last(tmp_path / "killed")["step"] == 4, "in the second stage, of steps 4 and 5"
     assert finish(start_ranks(tmp_path / "killed", overrides, 2)) == [0, 0], logs(tmp_path / "killed")
     assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
+
+
+def test_evaluate_measures_at_the_size_of_the_last_stage(tmp_path: Path):
+    sizes = "loop.stages=[{epochs: 1, image_size: 8}, {epochs: 1, image_size: 16}]"
+    run(tmp_path / "run", *VIT, "dataset.image_size=24", sizes, "loop.epochs=2")
+    assert evaluate([str(tmp_path / "run"), "checkpoint=last", "loop.max_validation_batches=2", "--name=it"]) == 0
+    (measured,) = [json.loads(file.read_text()) for file in (tmp_path / "run" / "evaluations" / "it").glob("scores.json")]
+    assert measured["image_size"] == 16
+    assert measured["val/loss"] == [row["val/loss"] for row in rows(tmp_path / "run") if "val/loss" in row][-1]
 
 
 def test_what_the_record_says_of_the_stages(unbroken: Path):

@@ -25,6 +25,7 @@ from torch import nn
 
 from trainer.checkpoint import CheckpointError, Snapshot, Writer, load, newest_good, save_safetensors
 from trainer.checkpoint.publish import sidecar_path
+from trainer.checkpoint.snapshot import copy_in_two
 from trainer.errors import StorageError
 from trainer.files import sha256_of
 
@@ -160,6 +161,21 @@ class TestSnapshot:
             state["optimizers"][0]["state"][0]["step"].fill_(-1)
             state["step"] = 2
         assert load(tmp_path / "last.pt")["step"] == 1 and is_whole(load(tmp_path / "last.pt"))
+
+    @pytest.mark.parametrize("sizes", [[6_000_000], [1, 3_000_000, 2_999_999, 7], [0, 5_000_000, 0]])
+    def test_a_large_state_is_copied_whole_whichever_thread_copies_what(self, sizes):
+        state = {str(i): torch.rand(size, generator=torch.Generator().manual_seed(i)) for i, size in enumerate(sizes)}
+        snapshot = Snapshot()
+        for _ in range(2):  # the second time into memory that is there already
+            copied = snapshot.take(state)
+            assert all(torch.equal(copied[name], tensor) for name, tensor in state.items())
+            for tensor in state.values():
+                tensor += 1
+
+    def test_what_goes_wrong_in_the_thread_that_copies_is_told(self):
+        sources = [torch.zeros(3_000_000), torch.zeros(3_000_000)]
+        with pytest.raises(RuntimeError, match="size"):
+            copy_in_two([(torch.zeros(3_000_000), sources[0]), (torch.zeros(2_999_999), sources[1])])
 
     def test_memory_is_used_again(self):
         snapshot = Snapshot()

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import RunConfig
 from trainer.config.fields import schemas
+from trainer.config.stages import stage_runs
 from trainer.errors import ConfigError, Problem
 from trainer.launch import diagnose
 from trainer.launch.compose import Composed, apply_to, compose, hydra_loader, parse
@@ -37,6 +38,12 @@ def existing_run(path: str) -> tuple[RunDirectory, RunConfig]:
     if not directory.path.is_dir():
         raise ConfigError(Problem("run directory", path, "there is no such directory", _beside(directory.path)))
     return directory, directory.read_config()
+
+
+def as_it_ended(run: RunConfig) -> RunConfig:
+    """The config of a run's network in use: of a run in stages, at the image size of the last."""
+    last = stage_runs(run)[-1].dataset.image_size
+    return dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, image_size=last))
 
 
 def _beside(path: Path) -> str:
