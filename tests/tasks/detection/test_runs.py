@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import tasks  # noqa: F401  (its schemas)
 from tests import layouts
+from tests.processes import finish, logs, start_ranks
 from tests.test_exact import assert_same_run, last, stop_after
 from tests.thresholds import OVERFIT_MAP_50
 from trainer import load_model
@@ -104,6 +105,33 @@ def test_five_channels_resumed_and_best_by_training_loss(model, tmp_path, monkey
     assert load_model(directory, "epoch-0002").classes == ["even", "odd"]
 
 
+SETS = ["+task.args.encoder_layers=1", "+task.args.decoder_layers=2", "+task.args.num_queries=10"]
+ON_RANKS = {
+    "ssdlite": ["task.detector=ssdlite"],
+    "detr": ["task.detector=detr", *SETS],
+    "deformable_detr": ["task.detector=deformable_detr", *SETS],
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "ssdlite" else pytest.mark.slow) for name in ON_RANKS])
+def test_two_ranks_train_and_score(name, tmp_path):
+    """All parameters take part in every rank's step, in mosaics too, and every image is scored once."""
+    if name != "ssdlite":
+        pytest.importorskip("transformers")
+    overrides = [
+        *SHORT,
+        *RESNET,
+        *SCENES[:2],
+        "loop.epochs=1",
+        "augmentation.mosaic=0.5",
+        "loop.max_validation_batches=null",
+        *ON_RANKS[name],
+    ]
+    assert finish(start_ranks(tmp_path / "run", overrides, 2)) == [0, 0], logs(tmp_path / "run")
+    done = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert done["steps"] == 2 and "val/map" in done["last"]
+
+
 def test_shards_with_boxes_in_batches_of_one_shape(tmp_path, monkeypatch):
     """Packed from COCO's layout, stopped and resumed."""
     layouts.coco(tmp_path / "coco")
@@ -152,8 +180,8 @@ def test_eight_photographs_of_blood_are_learned_by_heart(shared_data, tmp_path):
         f"dataset.path={shared_data / 'bccd'}",
         "debug=overfit",
         "loop.batch_size=8",
-        "loop.epochs=150",
-        "loop.validate_every=50",
+        "loop.epochs=120",
+        "loop.validate_every=60",
     ]
     done = train(compose_run(*overrides), RunDirectory(tmp_path / "run"))
     assert done["best"]["val/map_50"] >= 0.95
