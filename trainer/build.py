@@ -12,8 +12,8 @@ import torch
 from trainer import models
 from trainer.compiling import compile_in_place, regions
 from trainer.config import RunConfig, stage_runs
-from trainer.data.order import Order
-from trainer.data.source import Source, Subset, fingerprints
+from trainer.data.order import Order, shape_groups
+from trainer.data.source import Source, Subset, aspect_ratios, fingerprints
 from trainer.ema import Ema, Swa
 from trainer.errors import ConfigError, Problem
 from trainer.parts import freeze
@@ -83,6 +83,13 @@ def order_of(run: RunConfig, source: Source) -> Order:
 
 def _order(run: RunConfig, source: Source) -> Order:
     labels = source.labels() if run.dataset.class_balanced else None
+    groups = None
+    if run.dataset.shape_groups is not None:
+        ratios = aspect_ratios(source)
+        if ratios is None:
+            reason = "the shapes of these images are not known before they are read"
+            raise ConfigError(Problem("dataset.shape_groups", run.dataset.shape_groups, reason, "dataset.shape_groups=null"))
+        groups = shape_groups(ratios, run.dataset.shape_groups)
     return Order(
         size=len(source),
         seed=run.seed,
@@ -91,6 +98,7 @@ def _order(run: RunConfig, source: Source) -> Order:
         samples_per_epoch=run.loop.samples_per_epoch,
         repeats=run.dataset.repeats,
         labels=labels,
+        groups=groups,
         fraction=run.dataset.train_fraction,
     )
 

@@ -144,10 +144,12 @@ def _find(path: Path, checkpoint: str | PathLike[str]) -> Path:
     if not path.is_dir():
         near = nearest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else None
         raise ConfigError(Problem("path", path, "there is no such run or file", f"load_model({str(path.parent / near)!r})" if near else ""))
-    if Path(checkpoint).suffix:
+    if Path(checkpoint).suffix == ".pt" or Path(checkpoint).is_file():
         return Path(checkpoint)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     file = folder / f"{checkpoint}.pt"
+    if not file.is_file() and Path(checkpoint).name == str(checkpoint):  # epoch-0010 is epoch-0010-loss-0.1234 too
+        file = next(folder.glob(f"{checkpoint}-loss-*.pt"), file)
     if not file.is_file() and checkpoint == "best" and (folder / "last.pt").is_file():
         log.warning("%s has no best.pt (nothing was validated): taking last.pt", folder)
         return folder / "last.pt"

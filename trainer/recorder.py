@@ -40,6 +40,7 @@ class Recorder:
     best_is_unsaved: bool = False
     prepared: bool = False
     last_saved: int = -1  # step of the last checkpoint asked for
+    loss: float | None = None  # mean of training up to the last validation
 
     @property
     def epoch(self) -> float:
@@ -63,8 +64,8 @@ class Recorder:
     def validated(self, scores: dict[str, float]) -> None:
         state = self.state
         row = {"step": state.step, "epoch": self.epoch, **self.labels, **scores}
-        if self.metric.startswith("train/") and (mean := self.journal.totals.mean(self.metric)) is not None:  # the main rank knows
-            row[self.metric] = mean
+        if (loss := self.journal.totals.mean("train/loss")) is not None:  # the main rank knows
+            row["train/loss"] = self.loss = loss
         is_best = self._is_best(row)
         if is_best:
             state.best = row
@@ -101,10 +102,16 @@ class Recorder:
             names.append("best")
         epoch_ends = (step - self.periods.start) % self.periods.epoch == 0
         if self.run.loop.keep_checkpoints and epoch_ends:
-            names.append(f"epoch-{round(self.epoch):04d}")
+            names.append(f"epoch-{round(self.epoch):04d}{self._loss_in_name()}")
         self.best_is_unsaved = False
         if self.writer:
             self.writer.save(self._checkpoint(), names)
+
+    def _loss_in_name(self) -> str:
+        """-loss-0.1234, of the steps since the last validation, or of those up to it; nothing where that is not known."""
+        mean = self.journal.totals.mean("train/loss")
+        loss = self.loss if mean is None else mean
+        return f"-loss-{loss:.4f}" if self.run.loop.loss_in_name and loss is not None else ""
 
     def _checkpoint(self) -> dict[str, Any]:
         return {**self.state.state_dict(), **self.portrait, "logger": self.journal.ids()}

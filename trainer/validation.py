@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trainer.augmentation_rules import listed_words, mixing, order, task_and_augmentation
 from trainer.config import DatasetConfig, Facts, LrScaling, ModelConfig, RunConfig, stage_runs
 from trainer.config.fields import MISSING, field_problems, schemas
 from trainer.config.stages import in_stage, length_problems
@@ -76,7 +77,9 @@ def task_and_dataset(run: RunConfig, facts: Facts) -> Iterator[Problem]:
     if lacking:
         fitting = [name for name, kind in schemas("dataset").items() if run.task.needs <= _offers(kind)]
         embedded = [name for name in fitting if not schemas("dataset")[name].on_disk]
-        reason = f"its samples have no {_and(lacking)}, which the task learns from; {_and(fitting) or 'no dataset'} would do"
+        reason = (
+            f"its samples have no {listed_words(lacking)}, which the task learns from; {listed_words(fitting) or 'no dataset'} would do"
+        )
         yield Problem("dataset", type(run.dataset).__name__, reason, f"dataset={[*embedded, *fitting][0]}" if fitting else "")
     if run.dataset.class_balanced and "label" not in run.dataset.offers:
         yield Problem("dataset.class_balanced", True, "there are no labels to balance", "dataset.class_balanced=false")
@@ -90,33 +93,9 @@ def task_and_model(run: RunConfig, facts: Facts) -> Iterator[Problem]:
         yield Problem(
             "model",
             type(run.model).__name__,
-            f"offers no {_and(lacking)}, which the task asks for",
+            f"offers no {listed_words(lacking)}, which the task asks for",
             f"model={fitting[0]}" if fitting else "",
         )
-
-
-def mixing(run: RunConfig, facts: Facts) -> Iterator[Problem]:
-    """Mixup and cutmix mix labels too."""
-    for name in ("mixup", "cutmix"):
-        value = getattr(run.augmentation, name)
-        if value and "label" not in run.task.needs:
-            yield Problem(f"augmentation.{name}", value, "this task learns from no labels that could be mixed", f"augmentation.{name}=0")
-
-
-def task_and_augmentation(run: RunConfig, facts: Facts) -> Iterator[Problem]:
-    """The task gets as many views of an image as it wants, and nothing it learns from is left behind when pixels move."""
-    augmentation, chosen = run.augmentation, type(run.augmentation).__name__
-    if augmentation.views != run.task.views:
-        reason = (
-            "gives several views of an image, and this task takes one"
-            if augmentation.views
-            else "gives one view of an image, and this task compares several"
-        )
-        yield Problem("augmentation", chosen, reason, f"augmentation={'basic' if augmentation.views else 'dino'}")
-    elif (augmentation.moves_pixels or augmentation.shift) and (lost := run.task.needs & {"boxes", "box", "parts", "mask"}):
-        yield Problem("augmentation", chosen, f"moves pixels in ways that {_and(lost)} cannot follow", "augmentation=basic")
-    if augmentation.changes_colour and facts.channels != 3:
-        yield Problem("augmentation", chosen, f"changes colours, and the images have {facts.channels} channels", "augmentation=basic")
 
 
 def ranks(run: RunConfig, facts: Facts) -> Iterator[Problem]:
@@ -173,7 +152,7 @@ def stages(run: RunConfig, facts: Facts) -> Iterator[Problem]:
                 yield told
 
 
-RULES: tuple[Rule, ...] = (parts, task_and_dataset, task_and_model, task_and_augmentation, mixing, ranks, names, stages)
+RULES: tuple[Rule, ...] = (parts, task_and_dataset, order, task_and_model, task_and_augmentation, mixing, ranks, names, stages)
 
 
 # Rules on what the dataset says about itself
@@ -249,7 +228,7 @@ def _length(run: RunConfig, num_train: int) -> Iterator[Problem]:
 
 RULES_ON_DATA: tuple[Rule, ...] = (task, channels, readers, length)
 
-RULES_OF_TRAINING: tuple[Rule, ...] = (mixing, task_and_augmentation, ranks, stages, readers, length)
+RULES_OF_TRAINING: tuple[Rule, ...] = (order, mixing, task_and_augmentation, ranks, stages, readers, length)
 """What is of no matter to a run whose weights are there already."""
 
 
@@ -293,8 +272,3 @@ def _offers(kind: type[Any]) -> frozenset[str]:
     """What a schema says it offers; nothing where that depends on its settings."""
     assert issubclass(kind, DatasetConfig | ModelConfig)
     return kind.offers if isinstance(kind.offers, frozenset) else frozenset()
-
-
-def _and(words: Any) -> str:
-    *most, last = sorted(words) or [""]
-    return f"{', '.join(most)} and {last}" if most else last

@@ -45,6 +45,47 @@ def photographs() -> Path:
 
 def ours() -> Callable[[], float]:
     """Milliseconds per image."""
+    torch.set_num_threads(1)
+    fit, stream = _training(
+        ["optimizer=sgd", "optimizer.lr=1e-4", "task.width=256", "task.roi_samples=512", "dataset.num_workers=0"], BATCH
+    )
+    fit(stream, steps=1)
+    return lambda: _milliseconds(lambda: fit(stream, steps=STEPS), STEPS * BATCH)
+
+
+def waiting() -> Callable[[], float]:
+    """Per cent of the wall time of steps of eight images that passed while the loop waited for the loader, with as many
+    workers and threads as a run takes by itself."""
+    fit, stream = _training(["task.width=128", "task.roi_samples=128", "dataset.num_workers=auto"], 8)
+    clocked = Clocked(stream)
+    fit(clocked, steps=2)
+
+    def block() -> float:
+        clocked.seconds, started = 0.0, time.perf_counter()
+        fit(clocked, steps=STEPS)
+        return 100 * clocked.seconds / (time.perf_counter() - started)
+
+    return block
+
+
+class Clocked:
+    """A stream, and how long its consumer has waited for it."""
+
+    def __init__(self, stream: Iterator[Any]) -> None:
+        self.stream, self.seconds = stream, 0.0
+
+    def __iter__(self) -> Clocked:
+        return self
+
+    def __next__(self) -> Any:
+        started = time.perf_counter()
+        batch = next(self.stream)
+        self.seconds += time.perf_counter() - started
+        return batch
+
+
+def _training(overrides: list[str], batch: int) -> tuple[Callable[..., None], Iterator[Any]]:
+    """`fit(batches, steps)` of a Faster R-CNN on ResNet-18, and the loader's batches."""
     import tasks  # noqa: F401  (registers the tasks' schemas)
     from benchmarks.peers.ours import OVERRIDES, prepare_task
     from trainer.build import build_data, build_task
@@ -52,19 +93,14 @@ def ours() -> Callable[[], float]:
     from trainer.feeds import loaders
     from trainer.launch.compose import compose_run
 
-    torch.set_num_threads(1)
     overrides = [
         "task=detection", "dataset=coco", f"dataset.path={photographs()}", f"dataset.image_size={LONGEST}", "model=torchvision",
-        "model.name=resnet18", "task.width=256", "task.roi_samples=512", "optimizer=sgd", "optimizer.lr=1e-4", "loop.ema_decay=null",
-        "loop.max_grad_norm=null", f"loop.batch_size={BATCH}", "loop.steps=1000000", "dataset.num_workers=0",
+        "model.name=resnet18", "loop.ema_decay=null", "loop.max_grad_norm=null", f"loop.batch_size={batch}", "loop.steps=1000000", *overrides,
     ]  # fmt: skip
     run, world = compose_run(*OVERRIDES, *overrides), World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     data = build_data(run)
     task = build_task(run, data, world.device, 1)
-    stream = iter(loaders(run, data, task, world, 0)[0])
-    fit = prepare_task(task, overrides)
-    fit(stream, steps=1)
-    return lambda: _milliseconds(lambda: fit(stream, steps=STEPS), STEPS * BATCH)
+    return prepare_task(task, overrides), iter(loaders(run, data, task, world, 0)[0])
 
 
 def reference() -> Callable[[], float]:

@@ -1,4 +1,4 @@
-"""torchvision's detectors on any pyramid. Losses, matching, sampling and suppression are torchvision's own code.
+"""Detectors on any pyramid, torchvision's and transformers'. Losses, matching, sampling and suppression are those libraries' own code.
 
 Images come normalised and at their final size, so the detectors' own preprocessing is taken out; all that is left of it is
 to put images of different sizes into one batch.
@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, RPNHead, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from tasks.detection.config import SETS
 from tasks.detection.simple_pyramid import SimplePyramid
+from tasks.detection.ssdlite import OnTop, SmallerMaps, ssdlite
 from trainer.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -44,6 +48,33 @@ class Batching(GeneralizedRCNNTransform):
         return image, target
 
 
+class Squares(Batching):
+    """Every batch as squares of one side: the default boxes of an SSD are fractions of it."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        batch = images[0].new_zeros((len(images), images[0].shape[0], self.side, self.side))
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return batch
+
+
+class Anchors(AnchorGenerator):
+    """In fp32 whatever autocast makes of the maps: bf16's eight bits put an anchor at 1,000 pixels where it should not be by
+    up to two."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(image_list, [m.detach().float() for m in feature_maps])
+
+
+def in_full(_module: nn.Module, _arguments: Any, output: Any) -> Any:
+    """A forward hook of heads: boxes are made of their output, and torchvision computes boxes in whatever it is in."""
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, output)
+
+
 class CoarserMaps(LastLevelP6P7):
     """P6 and P7 in fp32: in bf16 on a CPU, the weights' gradient of a convolution with stride 2 over a map of one place is
     partly memory that nobody has written (torch 2.15, oneDNN), and small images have such maps."""
@@ -54,12 +85,19 @@ class CoarserMaps(LastLevelP6P7):
         return [*p, *whole[1:]], names
 
 
-class Backbone(nn.Module):
-    """A network and the pyramid of equally wide maps on top of it."""
+class OwnMaps(ExtraFPNBlock):
+    """No further maps."""
 
-    def __init__(self, body: Pyramid, fpn: nn.Module, width: int) -> None:
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        return results, names
+
+
+class Backbone(nn.Module):
+    """A network and the pyramid on top of it. `out_channels` is the width of its maps, of each one where they differ."""
+
+    def __init__(self, body: Pyramid, fpn: nn.Module, out_channels: int | list[int]) -> None:
         super().__init__()
-        self.body, self.fpn, self.out_channels = body, fpn, width
+        self.body, self.fpn, self.out_channels = body, fpn, out_channels
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.body(images)
@@ -87,29 +125,48 @@ class Detector(nn.Module):
 def build_detector(cfg: DetectionConfig, pyramid: Pyramid, *, num_classes: int, image_size: int) -> Detector:
     """The detector, with fresh weights in all that is not the backbone's."""
     freeze(pyramid, cfg)
-    width = cfg.width_at(image_size)
-    extra = LastLevelMaxPool() if cfg.is_rcnn else CoarserMaps(pyramid.channels[-1] if cfg.detector == "retinanet_v2" else width, width)
-    if pyramid.plain:
-        if cfg.detector == "retinanet_v2":
-            extra = CoarserMaps(width, width)
-        fpn: nn.Module = SimplePyramid(pyramid.channels[0], pyramid.strides[0], cfg.strides, width, extra)
-    else:
-        norm = nn.BatchNorm2d if cfg.detector == "faster_rcnn_v2" else None
-        fpn = FeaturePyramidNetwork(list(pyramid.channels), width, extra_blocks=extra, norm_layer=norm)
-    build = {"faster_rcnn": faster_rcnn, "faster_rcnn_v2": faster_rcnn, "retinanet": retinanet, "retinanet_v2": retinanet, "fcos": fcos}
     try:
-        detector = build[cfg.detector](cfg, Backbone(pyramid, fpn, width), num_classes, image_size)
+        detector = BUILD[cfg.detector](cfg, backbone_of(cfg, pyramid, cfg.width_at(image_size)), num_classes, image_size)
     except TypeError as error:  # "… got an unexpected keyword argument", "… multiple values for"
         if not cfg.args:
             raise
         raise ConfigError(Problem("task.args", cfg.args, f"torchvision's {cfg.detector} refuses them: {error}", "task.args={}")) from error
-    detector.transform = Batching()
+    detector.transform = Squares(padded(image_size)) if cfg.detector == "ssdlite" else Batching()
+    for name in HEADS.get(cfg.detector, ("head",)):
+        found = detector.get_submodule(name)
+        for head in found if isinstance(found, nn.ModuleList) else [found]:
+            head.register_forward_hook(in_full)
     return Detector(detector)
+
+
+def backbone_of(cfg: DetectionConfig, pyramid: Pyramid, width: int) -> Backbone:
+    """The maps that a detector is built on: those of the network, made equally wide but for SSDLite, and coarser ones."""
+    plain, last = pyramid.plain, pyramid.channels[-1]
+    if cfg.detector == "ssdlite":
+        extra: Any = SmallerMaps(width if plain else last, width)
+    elif cfg.detector in SETS:  # transformers makes what it needs beyond these maps
+        extra = OwnMaps()
+    else:
+        extra = LastLevelMaxPool() if cfg.is_rcnn else CoarserMaps(last if cfg.detector == "retinanet_v2" and not plain else width, width)
+    if plain:
+        fpn: nn.Module = SimplePyramid(pyramid.channels[0], pyramid.strides[0], cfg.strides, width, extra)
+    elif cfg.detector == "ssdlite" or cfg.detector in SETS:
+        fpn = OnTop(extra)
+    else:
+        norm = nn.BatchNorm2d if cfg.detector == "faster_rcnn_v2" else None
+        fpn = FeaturePyramidNetwork(list(pyramid.channels), width, extra_blocks=extra, norm_layer=norm)
+    own = [width] * len(cfg.strides) if plain else list(pyramid.channels)
+    return Backbone(pyramid, fpn, [*own, *extra.widths] if cfg.detector == "ssdlite" else own if cfg.detector in SETS else width)
+
+
+def padded(side: int) -> int:
+    """The next multiple of the coarsest stride, as torchvision pads batches."""
+    return -(-side // 32) * 32
 
 
 def faster_rcnn(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> FasterRCNN:
     levels = (*cfg.strides, 2 * cfg.strides[-1])  # and the map that is made by pooling
-    anchors = AnchorGenerator(tuple((int(cfg.anchor_scale * s),) for s in levels), (RATIOS,) * len(levels))
+    anchors = Anchors(tuple((int(cfg.anchor_scale * s),) for s in levels), (RATIOS,) * len(levels))
     samples = cfg.roi_samples_at(image_size)
     arguments: dict[str, Any] = {
         "rpn_anchor_generator": anchors,
@@ -120,6 +177,7 @@ def faster_rcnn(cfg: DetectionConfig, backbone: Backbone, num_classes: int, imag
         "box_detections_per_img": cfg.max_detections,
     }
     width = backbone.out_channels
+    assert isinstance(width, int)
     hidden = 4 * width  # torchvision's 1024 at the usual 256
     if cfg.detector == "faster_rcnn_v2":
         arguments["rpn_head"] = RPNHead(width, len(RATIOS), conv_depth=2)
@@ -133,12 +191,13 @@ def faster_rcnn(cfg: DetectionConfig, backbone: Backbone, num_classes: int, imag
 def retinanet(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> RetinaNet:
     levels = (*cfg.strides, *(cfg.strides[-1] * n for n in (2, 4)))
     octaves = tuple(tuple(int(cfg.anchor_scale / 2 * s * 2 ** (i / 3)) for i in range(3)) for s in levels)  # three sizes a level
-    anchors = AnchorGenerator(octaves, (RATIOS,) * len(levels))
+    anchors = Anchors(octaves, (RATIOS,) * len(levels))
     arguments: dict[str, Any] = {
         "anchor_generator": anchors, "score_thresh": cfg.score_threshold, "nms_thresh": cfg.nms_threshold, "detections_per_img": cfg.max_detections,
     }  # fmt: skip
     if cfg.detector == "retinanet_v2":
         count = anchors.num_anchors_per_location()[0]
+        assert isinstance(backbone.out_channels, int)
         head = RetinaNetHead(backbone.out_channels, count, num_classes, norm_layer=partial(nn.GroupNorm, 32))
         head.regression_head._loss_type = "giou"
         arguments["head"] = head
@@ -146,9 +205,29 @@ def retinanet(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_
 
 
 def fcos(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> FCOS:
-    return FCOS(
-        backbone, num_classes, score_thresh=cfg.score_threshold, nms_thresh=cfg.nms_threshold, detections_per_img=cfg.max_detections, **cfg.args
-    )  # fmt: skip
+    anchors = Anchors(tuple((s,) for s in (*cfg.strides, *(cfg.strides[-1] * n for n in (2, 4)))), ((1.0,),) * (len(cfg.strides) + 2))
+    arguments: dict[str, Any] = {
+        "anchor_generator": anchors, "score_thresh": cfg.score_threshold, "nms_thresh": cfg.nms_threshold, "detections_per_img": cfg.max_detections,
+    }  # fmt: skip
+    return FCOS(backbone, num_classes, **arguments, **cfg.args)
+
+
+def transformers_own(cfg: DetectionConfig, backbone: Backbone, num_classes: int, image_size: int) -> nn.Module:
+    from tasks.detection.detr import set_detector
+
+    assert isinstance(backbone.out_channels, list)
+    return set_detector(cfg, backbone, backbone.out_channels, cfg.width_at(image_size), num_classes, Batching())
+
+
+HEADS = {
+    "faster_rcnn": ("rpn.head", "roi_heads.box_predictor"), "faster_rcnn_v2": ("rpn.head", "roi_heads.box_predictor"),
+    "detr": ("model.class_labels_classifier", "model.bbox_predictor"), "deformable_detr": ("model.class_embed", "model.bbox_embed"),
+}  # fmt: skip
+BUILD: dict[str, Any] = {
+    "faster_rcnn": faster_rcnn, "faster_rcnn_v2": faster_rcnn, "retinanet": retinanet, "retinanet_v2": retinanet, "fcos": fcos,
+    "ssdlite": lambda cfg, backbone, num_classes, image_size: ssdlite(cfg, backbone, num_classes, padded(image_size)),
+    "detr": transformers_own, "deformable_detr": transformers_own,
+}  # fmt: skip
 
 
 def freeze(pyramid: Pyramid, cfg: DetectionConfig) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tasks.detection.coco import Found, Truth, coco_scores
 from tasks.detection.config import DetectionConfig
-from trainer.task import Batch
+from trainer.task import Batch, Report
 
 Detect = Callable[[list[Tensor]], list[dict[str, Tensor]]]  # pictures -> boxes [D, 4], labels [D], scores [D] of each
 
@@ -25,10 +25,18 @@ class CocoEvaluator:
     """One pass. Truths and detections are in the pixels of the image files, which is what COCO's sizes are about."""
 
     def __init__(
-        self, detect: Detect, cfg: DetectionConfig, classes: Sequence[str], *, offset: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        detect: Detect,
+        cfg: DetectionConfig,
+        classes: Sequence[str],
+        *,
+        offset: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        network: nn.Module | None = None,
     ) -> None:
         self.detect, self.cfg, self.classes, self.offset = detect, cfg, classes, offset
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.network = mean, std, network
         self.results: dict[int, tuple[Truth, Found]] = {}  # by place in the dataset
         self.shown: list[tuple[Tensor, dict[str, Tensor], Tensor]] = []  # picture, what was found, true boxes, all on the canvas
         self.seconds = 0.0
@@ -75,6 +83,18 @@ class CocoEvaluator:
             return {}
         truths, found = zip(*(results[index] for index in sorted(results)), strict=True)
         return {**coco_scores(truths, found, self.classes, self.cfg.scorer), "seconds_per_image": seconds / len(results)}
+
+    def report(self) -> Report:
+        """What an image costs, and how large the network is; this rank's images timed."""
+        per_image = self.seconds / max(1, len(self.results))
+        row: dict[str, float] = {
+            "milliseconds_per_image": 1000 * per_image,
+            "images_per_second": 1 / per_image if per_image else 0.0,
+        }
+        if self.network is not None:
+            row["parameters"] = sum(p.numel() for p in self.network.parameters())
+            row["megabytes"] = sum(w.numel() * w.element_size() for w in self.network.state_dict().values()) / 1e6
+        return Report(tables={"speed": [row]})
 
     def pictures(self) -> dict[str, Tensor]:
         """uint8 [3, H, W] each, by name: true boxes and those found."""

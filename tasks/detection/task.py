@@ -32,7 +32,7 @@ class Detection(Task):
         self.model = model
         self.cfg, self.classes, self.mean, self.std = cfg, tuple(classes), tuple(mean), tuple(std)
         self.competing: Tensor | None = None  # [C] bool; None = all classes
-        self.offset = 1 if cfg.is_rcnn else 0  # two-stage detectors keep class 0 for the background
+        self.offset = int(cfg.counts_background)
 
     def compiled_parts(self) -> Sequence[nn.Module]:
         return [self.model.get_submodule("detector.backbone")]  # the rest is made of shapes that depend on the data
@@ -64,7 +64,9 @@ class Detection(Task):
         self.competing[list(classes)] = True
 
     def evaluator(self) -> CocoEvaluator:
-        return CocoEvaluator(self.detect, self.cfg, self.classes, offset=self.offset, mean=self.mean, std=self.std)
+        return CocoEvaluator(
+            self.detect, self.cfg, self.classes, offset=self.offset, mean=self.mean, std=self.std, network=self.model
+        )  # fmt: skip
 
     def predict(self, batch: Batch) -> list[list[dict[str, Any]]]:
         """Boxes of the network's image, and as left, top, right and bottom those of the file's."""

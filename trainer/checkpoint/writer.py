@@ -29,7 +29,7 @@ from trainer.checkpoint.snapshot import Snapshot, state_size
 from trainer.errors import StorageError
 from trainer.files import PARTIAL, partial_path, sha256_of, storage_error
 
-_NUMBERED = re.compile(r"(?:epoch|step)-(\d+)\.pt")
+_NUMBERED = re.compile(r"(?:epoch|step)-(\d+)(?:-loss-[^/]+)?\.pt")
 
 log = logging.getLogger(__name__)
 

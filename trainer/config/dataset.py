@@ -48,6 +48,11 @@ class DatasetConfig:
         ge=1,
     )
     class_balanced: bool = setting(False, "draw classes with equal probability instead of samples")
+    shape_groups: int | None = setting(
+        None,
+        "batches of images of similar shape, which need less padding: bounds of width over height per factor of two (torchvision's references: 3); 0 = wide and upright ones; null = batches of any",
+        ge=0,
+    )
     train_fraction: float = setting(1.0, "use this fraction of the training samples, the same for every epoch", gt=0, le=1)
     max_bad_samples: int = setting(
         100, "give up (exit 3) after this many samples that one rank cannot read; each is replaced by another", ge=0, identity=False

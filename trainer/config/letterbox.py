@@ -34,11 +34,30 @@ class Letterbox(AugmentationConfig):
         gt=0,
         length=2,
     )
+    mosaic: float = setting(
+        0.0,
+        "training: probability that an image becomes one of four around a random point (mosaic, arXiv:2004.10934, sec. 3.3); shorter_side, jitter and crop_scale are for the others",
+        ge=0,
+        le=1,
+    )
+    mosaic_scale: list[float] = setting(
+        [0.5, 1.5], "longer side of the images in a mosaic, as [smallest, largest] fraction of dataset.image_size", gt=0, length=2
+    )
+    mosaic_epochs: int | None = setting(
+        None, "mosaics in this many epochs from the beginning, none in those that come last; null = in all", ge=0
+    )
     min_visible: float = setting(0.25, "an object of which a crop leaves less than this fraction of its area is dropped", ge=0, le=1)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from ascending("augmentation.jitter", self.jitter)
+        yield from ascending("augmentation.mosaic_scale", self.mosaic_scale)
+        if self.mosaic_epochs is not None and not self.mosaic:
+            yield Problem("augmentation.mosaic_epochs", self.mosaic_epochs, "there are no mosaics", "augmentation.mosaic=1.0")
+        if not self.keep_aspect and (self.jitter or self.shorter_side):
+            key = "jitter" if self.jitter else "shorter_side"
+            reason = "sizes a picture that keeps its aspect ratio, and augmentation.keep_aspect=false squeezes it into the square"
+            yield Problem(f"augmentation.{key}", getattr(self, key), reason, f"augmentation.{key}=null")
         if self.shorter_side == []:
             yield Problem("augmentation.shorter_side", [], "lists no length", "augmentation.shorter_side=null")
         if self.val_crop != 1:

@@ -147,6 +147,9 @@ class LoopConfig:
     keep_checkpoints: int = setting(
         1, "how many numbered checkpoints (epoch-0010.pt) to keep beside last and best; 0 = none", ge=0, identity=False
     )
+    loss_in_name: bool = setting(
+        False, "numbered checkpoints carry the epoch's mean training loss in their name: epoch-0010-loss-0.1234.pt", identity=False
+    )
     best_metric: str | None = setting(
         None,
         "validation metric that decides best.pt, as val/top1, or train/loss, the mean since the validation before; null = the task's own",

@@ -192,7 +192,7 @@ class Loader:
         for draw in self.draws():
             for index, key in zip(draw.index.tolist(), draw.key.tolist(), strict=True):
                 bad: list[tuple[str, str]] = []
-                found = self.reading.read(index, key, bad)
+                found = self.reading.read(index, key, draw.epoch, bad)
                 self.bad.note(bad)
                 if found is not None:
                     return self.reading.layout(found[1], self.rows)
@@ -228,7 +228,7 @@ class Inline:
         views = self.layout.views(torch.empty(self.layout.bytes, dtype=torch.uint8, pin_memory=self.pinned))
         rows = len(draw.index)
         views["index"][:rows], views["key"][:rows] = torch.from_numpy(draw.index), torch.from_numpy(draw.key)
-        return Taken(draw, views, [self.reading.fill(views, 0, rows)], lambda: None)
+        return Taken(draw, views, [self.reading.fill(views, 0, rows, draw.epoch)], lambda: None)
 
     def abandon(self) -> None:
         pass
@@ -247,7 +247,7 @@ class Pooled:
             draw = next(self.draws, None)
             if draw is None:
                 return
-            self.pending.append((self.pool.submit(draw.index, draw.key), draw))
+            self.pending.append((self.pool.submit(draw.index, draw.key, draw.epoch), draw))
 
     def is_ready(self) -> bool:
         return bool(self.pending) and self.pool.is_ready(self.pending[0][0])

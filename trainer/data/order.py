@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer.random import fold, permutation, sample_keys
 
-_SHUFFLE, _FRACTION, _CLASSES, _WITHIN = range(4)  # what a seed is folded for
+_SHUFFLE, _FRACTION, _CLASSES, _WITHIN, _BATCHES = range(5)  # what a seed is folded for
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Order:
         repeats: each sample this many times in a row, each time with a key of its own. A pass is that much longer.
         labels: int64 [size]; where given, every class makes up the same share of a pass, samples of small classes coming
             more than once.
+        groups: int64 [size]; where given, a batch holds samples of one group, but for the last ones of a pass, which take what
+            is left of each. A pass then begins with a batch, so this goes with whole passes only.
         fraction: use this part of the samples, the same ones in every epoch, among those of any larger part.
         first_step, first_epoch: where in its run this order begins. Epochs go on counting, so another batch size from some
             epoch on changes neither which samples come when nor how each is augmented.
@@ -60,6 +62,7 @@ class Order:
     samples_per_epoch: int | None = None
     repeats: int = 1
     labels: np.ndarray | None = None
+    groups: np.ndarray | None = None
     fraction: float = 1.0
     first_step: int = 0
     first_epoch: int = 0
@@ -133,7 +136,26 @@ class Order:
             return self._balanced_pass(seed)
         count = self.pass_length // self.repeats
         order = permutation(seed, count)
-        return _packed(order if self.rows is None else self.rows[order], self.size), None
+        order = order if self.rows is None else self.rows[order]
+        return _packed(order if self.groups is None else self._by_groups(order, seed), self.size), None
+
+    def _by_groups(self, order: np.ndarray, seed: int) -> np.ndarray:
+        """The same samples in batches of one group each, the batches in random order; what makes up no batch comes last."""
+        assert self.groups is not None
+        group = self.groups[order]
+        sizes = np.bincount(group)
+        whole = sizes // self.batch_size  # batches of each group
+        members = np.argsort(group, kind="stable")  # places of the first group's samples, then of the second's …
+        rank = np.empty(len(order), dtype=np.int64)  # of each sample within its group
+        rank[members] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        number, within = np.divmod(rank, self.batch_size)
+        batched = number < whole[group]
+        turn = permutation(fold(seed, _BATCHES), int(whole.sum()))
+        result = np.empty_like(order)
+        place = turn[((np.cumsum(whole) - whole)[group] + number)[batched]] * self.batch_size + within[batched]
+        result[place] = order[batched]
+        result[len(turn) * self.batch_size :] = order[members[~batched[members]]]
+        return result
 
     def _balanced_pass(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.arange(self.size) if self.rows is None else self.rows
@@ -155,6 +177,16 @@ class Order:
             order[when] = rows[members[entries % len(members)]]
             again[when] = entries // len(members)
         return _packed(order, self.size), again
+
+
+def shape_groups(ratios: np.ndarray, per_octave: int) -> np.ndarray:
+    """Which of several ranges of width over height each image is in, int64 [N].
+
+    The bounds are those of torchvision's references (references/detection/group_by_aspect_ratio.py): `per_octave` of them from
+    1/2 to 1 and from 1 to 2, in equal factors; 0 = wide or upright.
+    """
+    bounds = 2.0 ** np.linspace(-1, 1, 2 * per_octave + 1) if per_octave else np.ones(1)
+    return np.searchsorted(bounds, ratios, side="right").astype(np.int64)
 
 
 def _packed(rows: np.ndarray, size: int) -> np.ndarray:

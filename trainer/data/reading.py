@@ -15,10 +15,11 @@ from trainer.errors import DataError
 from trainer.random import SampleRandom, fold
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
-    from trainer.data.augment import Augmentation
+    from trainer.data.augment import Augmentation, Made
     from trainer.data.order import Draw
+    from trainer.data.source import Sample
     from trainer.task import Batch
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 RAGGED = frozenset({"boxes", "labels", "crowd", "area"})
 """Fields with as many rows as a sample has objects: lists of tensors in a batch. All others have one shape and are stacked."""
 
+OTHERS = 0x07E5  # what a key is folded for, to draw the samples that join another
 ATTEMPTS = 64  # at replacing one bad sample; only where nearly all are bad does it take more
 ALIGNMENT = 64  # bytes: a cache line
 
@@ -105,6 +107,7 @@ class Reading:
         self.in_main_process = True
         self.names: frozenset[str] = frozenset()  # of a sample's fields; learned from the first
         self.ragged = RAGGED | frozenset(getattr(augmentation, "ragged", ()))
+        self.others = getattr(augmentation, "others", None)
         # An augmentation that cuts before it decodes wants images with their pixels still unread.
         self.lazy = bool(getattr(augmentation, "lazy", False)) and hasattr(source, "lazy")
 
@@ -113,10 +116,11 @@ class Reading:
         self.names = frozenset(sample)
         return Layout(sample, rows, self.ragged)
 
-    def fill(self, views: dict[str, Tensor], first: int, stop: int, current: np.ndarray | None = None) -> Filled:
+    def fill(self, views: dict[str, Tensor], first: int, stop: int, epoch: int, current: np.ndarray | None = None) -> Filled:
         """Read the samples that rows `first` to `stop` of "index" and "key" ask for into those rows.
 
         Args:
+            epoch: that they are drawn in.
             current: told the index being read, for the obituary of a worker.
         """
         asked = list(zip(views["index"][first:stop].tolist(), views["key"][first:stop].tolist(), strict=True))
@@ -124,7 +128,7 @@ class Reading:
         for place, (wanted, key) in enumerate(asked, first):
             if current is not None:
                 current[0] = wanted
-            found = self.read(wanted, key, filled.bad)
+            found = self.read(wanted, key, epoch, filled.bad)
             if found is None:
                 continue
             row = first + filled.count
@@ -144,11 +148,11 @@ class Reading:
             filled.count += 1
         return filled
 
-    def read(self, index: int, key: int, bad: list[tuple[str, str]]) -> tuple[int, dict[str, Any]] | None:
+    def read(self, index: int, key: int, epoch: int, bad: list[tuple[str, str]]) -> tuple[int, dict[str, Any]] | None:
         """A sample, and where it really came from. None where it is bad and is not to be replaced."""
         for attempt in range(ATTEMPTS):
             try:
-                return index, self._one(index, key)
+                return index, self._one(index, key, epoch, bad)
             except BadSample as problem:
                 bad.append((problem.name or self.source.name(index), problem.why))
             except Exception as error:  # no fault of the data: say where, and let it through
@@ -156,22 +160,39 @@ class Reading:
                 raise
             if not self.replace:
                 return None
-            pick = fold(key, attempt) % (len(self.source) if self.rows is None else len(self.rows))
-            index = pick if self.rows is None else int(self.rows[pick])
-        listed = "\n".join(f"  {name}: {why}" for name, why in bad[-10:])
-        raise DataError(f"{ATTEMPTS} samples in a row could not be read; the last ones:\n{listed}")
+            index = self._pick(fold(key, attempt))
+        raise _hopeless(bad)
 
-    def _one(self, index: int, key: int) -> dict[str, Any]:
+    def _pick(self, number: int) -> int:
+        """One of the samples in use, by a random number."""
+        return number % len(self.source) if self.rows is None else int(self.rows[number % len(self.rows)])
+
+    def _one(self, index: int, key: int, epoch: int, bad: list[tuple[str, str]]) -> dict[str, Any]:
         random = SampleRandom(key, restores=self.in_main_process)
+        augmentation: Any = self.augmentation
+        if self.others is None or not self.others(random, epoch):
+            return augmentation.sample(self._raw(index), random)
+
+        def other(number: int, use: Callable[[Sample], Made]) -> Made:
+            for attempt in range(ATTEMPTS):
+                pick = self._pick(fold(key, OTHERS, number, attempt))
+                try:
+                    return use(self._raw(pick))
+                except BadSample as problem:  # its own fault, not that of the sample it was to join
+                    bad.append((problem.name or self.source.name(pick), problem.why))
+            raise _hopeless(bad)
+
+        return augmentation.together(self._raw(index), other, random)
+
+    def _raw(self, index: int) -> Sample:
         if not self.lazy:
-            return self.augmentation.sample(self.source[index], random)
+            return self.source[index]
         source: Any = self.source
         before, source.lazy = source.lazy, True
         try:
-            sample = source[index]
+            return source[index]
         finally:
             source.lazy = before
-        return self.augmentation.sample(sample, random)
 
     def _put(self, view: Tensor, row: int, value: Any, name: str, index: int) -> None:
         if isinstance(value, np.ndarray):
@@ -182,6 +203,11 @@ class Reading:
                 "an augmentation gives every sample one shape, or names the field in its `ragged`"
             )
         view[row] = value
+
+
+def _hopeless(bad: list[tuple[str, str]]) -> DataError:
+    listed = "\n".join(f"  {name}: {why}" for name, why in bad[-10:])
+    return DataError(f"{ATTEMPTS} samples in a row could not be read; the last ones:\n{listed}")
 
 
 class BadSamples:

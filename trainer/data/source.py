@@ -60,10 +60,11 @@ class Source(Protocol):
 
     def labels(self) -> np.ndarray | None: ...  # int64 [len], without decoding; None if not known
 
-    # Sources that read image files have three things more, for those who look for them with getattr():
+    # Sources that read image files have more, for those who look for them with getattr():
     #   encoded(index) -> (bytes, ".jpg")   the file as it is, not decoded
     #   decode_hint(least: int | None)      JPEGs may come smaller, as long as the shorter side keeps `least` pixels; ignored
     #                                       where samples hold boxes, parts or masks. Without a hint, images come whole.
+    #   aspect_ratios() -> float64 [len]    width over height of each image, where the index knows
     #   lazy: bool                          True: "image" comes with its header read and its pixels not, for a reader that
     #                                       knows the crop first: trainer.data.images.decode(image, name, least=...)
 
@@ -95,6 +96,10 @@ class Subset:
     def encoded(self, index: int) -> tuple[bytes, str] | None:
         return encoded(self.source, int(self.rows[index]))
 
+    def aspect_ratios(self) -> np.ndarray | None:
+        ratios = aspect_ratios(self.source)
+        return None if ratios is None else ratios[self.rows]
+
     def decode_hint(self, least: int | None) -> None:
         hint = getattr(self.source, "decode_hint", None)
         if hint is not None:
@@ -119,6 +124,12 @@ def encoded(source: Source, index: int) -> tuple[bytes, str] | None:
     """The image file of a sample as it lies on disk, and its extension (".jpg"); None where there is no such file."""
     own = getattr(source, "encoded", None)
     return own(index) if own is not None else None
+
+
+def aspect_ratios(source: Source) -> np.ndarray | None:
+    """Width over height of each image, float64 [len]; None where that is not known before it is read."""
+    own = getattr(source, "aspect_ratios", None)
+    return own() if own is not None else None
 
 
 def split_rows(labels: np.ndarray, fraction: float, seed: int, names: Sequence[bytes] | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ SMALLEST_PART = 8  # rows of a message to a worker: its 0.1 ms should be lost in
 ORPHANED = 2.0  # seconds between two looks of an idle worker at whether its parent lives
 SLICE = 1.0  # seconds between two looks at whether everyone is alive
 
-Part = tuple[int, int, int, int]  # batch number, block, first row, stop
+Part = tuple[int, int, int, int, int]  # batch number, block, first row, stop, epoch
 
 
 def part_size(rows: int, workers: int) -> int:
@@ -77,8 +77,8 @@ class Pool:
         # Before multiprocessing's own exit handler, which would wait for workers that ignore its SIGTERM.
         self._close = multiprocessing.util.Finalize(self, _close, (self.pipes, self.processes), exitpriority=10)
 
-    def submit(self, index: np.ndarray, key: np.ndarray) -> int:
-        """Have samples read into a free block. Returns the batch's number."""
+    def submit(self, index: np.ndarray, key: np.ndarray, epoch: int) -> int:
+        """Have samples of an epoch read into a free block. Returns the batch's number."""
         block = self.free.pop()
         rows, number = len(index), self.submitted
         self.submitted += 1
@@ -88,7 +88,7 @@ class Pool:
         size = part_size(rows, len(self.processes))
         for first in range(0, rows, size):
             worker = min(range(len(self.load)), key=self.load.__getitem__)
-            part: Part = (number, block, first, min(first + size, rows))
+            part: Part = (number, block, first, min(first + size, rows), epoch)
             self.load[worker] += part[3] - part[2]
             try:
                 self.pipes[worker].send(part)
@@ -135,7 +135,7 @@ class Pool:
         for pipe in pipes:
             worker = ends[pipe]
             try:
-                (number, _, first, stop), filled, error = pipe.recv()
+                (number, _, first, stop, _), filled, error = pipe.recv()
             except (EOFError, OSError):
                 raise self._obituary(worker) from None
             if error is not None:
@@ -208,7 +208,7 @@ def _serve(
             return
         filled, error = None, None
         try:
-            filled = reading.fill(views[part[1]], part[2], part[3], current)
+            filled = reading.fill(views[part[1]], *part[2:], current)
         except Exception as problem:
             error = _portable(problem, number)
         try:

@@ -1,4 +1,4 @@
-"""`python -m trainer report PATH ...`: the table over seeds of a sweep, or of any runs, in five formats."""
+"""`python -m trainer report PATH ...`: the table over seeds of a sweep, or of any runs, in five formats, and a line for each run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.files import storage_error, write_atomically
 from trainer.sweep.found import find
 from trainer.sweep.page import page
+from trainer.sweep.summary import write_summary
 from trainer.sweep.tables import comma_separated, heading, json_text, lines_for_terminal, markdown, tex
 from trainer.sweep.verdict import Verdict, judge
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     for line in [verdict.title, *heading(verdict), "", *lines_for_terminal(verdict), ""]:
         print(line)
     home = options.out or found.home
-    for path in write(verdict, home):
+    for path in [*write(verdict, home), *write_summary(verdict, home)]:
         print(path)
     if options.wandb:
         from trainer.sweep.to_wandb import log_report
@@ -48,7 +49,8 @@ def write(verdict: Verdict, home: Path) -> list[Path]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer report",
-        description="Means over seeds with intervals, paired comparisons, and which seeds are missing: report.{md,csv,tex,json,html}.",
+        description="Means over seeds with intervals, paired comparisons, and which seeds are missing: report.{md,csv,tex,json,html}; "
+        "and what became of each run: final_summary.{json,csv,md}.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="sweeps, run directories, or folders of runs")
     parser.add_argument(

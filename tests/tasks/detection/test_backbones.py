@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 
 import tasks  # noqa: F401  (its schemas)
-from tasks.detection.config import STRIDES, DetectionConfig
+from tasks.detection.config import SETS, STRIDES, DetectionConfig
 from tasks.detection.detectors import build_detector
+from tasks.detection.pictures import pictures
 from tasks.detection.task import Detection
 from trainer.config.mit import MitModel
 from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
@@ -32,6 +34,8 @@ BACKBONES: dict[str, tuple[ModelConfig, int]] = {  # with the channels of the im
     "mit": (MitModel(name="mit_b0"), 3),
     "two streams": (MitModel(name="mit_b0", fusion="cross_attention"), 5),
 }
+LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 10}
+TINY = {"detr": LAYERS, "deformable_detr": {**LAYERS, "with_box_refine": True}}
 IMAGE_SIZES = [(40, 64), (64, 33)]
 
 
@@ -80,15 +84,59 @@ def test_maps_losses_and_detections(name):
 @pytest.mark.parametrize("detector", STRIDES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_every_detector_in_every_precision(detector, dtype):
+    if detector in SETS:
+        pytest.importorskip("transformers")
     task = build(
-        TimmModel(name="test_resnet"), detector=detector, width=64, roi_samples=8 if detector.startswith("faster") else None
+        TimmModel(name="test_resnet"),
+        detector=detector,
+        width=64,
+        roi_samples=8 if detector.startswith("faster") else None,
+        args=TINY.get(detector, {}),
     ).train()
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         output = task(batch(3), Progress(0, 1, 1))
         output.loss.backward()
         assert torch.isfinite(output.loss)
         assert all(torch.isfinite(p.grad).all() for p in task.parameters() if p.grad is not None)
-        task.eval().model([torch.randn(3, 64, 64)])
+        (found,) = task.eval().model([torch.randn(3, 64, 64)])
+        assert found["boxes"].dtype == torch.float32, "half of the bits do not tell one pixel from the next"
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "fcos", "ssdlite"])
+def test_anchors_are_exact_in_bf16(detector):
+    task = build(TimmModel(name="test_resnet"), detector=detector, width=64)
+    anchors = task.model.get_submodule("detector.rpn.anchor_generator" if task.cfg.is_rcnn else "detector.anchor_generator")
+    image = ImageList(torch.zeros(1, 3, 1088, 1344), [(1088, 1344)])
+    maps = [torch.zeros(1, 1, 1088 // s, 1344 // s) for s in (4, 8, 16, 32, 64, 128)[-num_levels(anchors) :]]
+    (exact,), (found,) = anchors(image, maps), anchors(image, [m.bfloat16() for m in maps])
+    assert torch.equal(exact, found)
+
+
+def num_levels(generator: nn.Module) -> int:
+    return len(generator.num_anchors_per_location())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "fcos", "ssdlite", "detr", "deformable_detr"])
+def test_images_smaller_than_a_stride(detector):
+    """A picture's shorter side may come out as a single pixel."""
+    if detector in SETS:
+        pytest.importorskip("transformers")
+    task = build(TimmModel(name="test_resnet"), detector=detector, width=64, args=TINY.get(detector, {})).train()
+    thin = {**batch(3), "size": [(1, 64), (64, 3)], "boxes": [torch.tensor([[3.0, 0.0, 30.0, 1.0]]), torch.zeros(0, 4)],
+            "labels": [torch.tensor([1]), torch.zeros(0, dtype=torch.int64)]}  # fmt: skip
+    assert torch.isfinite(task(thin, Progress(0, 1, 1)).loss)
+    with torch.no_grad():
+        found = task.eval().detect(pictures(thin))
+    assert all((result["boxes"][:, 2:] <= torch.tensor([w, h])).all() for result, (h, w) in zip(found, thin["size"], strict=True))
+
+
+@pytest.mark.parametrize("detector", ["ssdlite", "deformable_detr"])
+def test_other_detectors_on_a_plain_transformer(detector):
+    if detector in SETS:
+        pytest.importorskip("transformers")
+    task = build(TimmModel(name="test_vit"), detector=detector, width=32, args=LAYERS if detector in SETS else {}).train()
+    task(batch(3), Progress(0, 1, 1)).loss.backward()
+    assert [n for n, p in task.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("name", ["resnet", "vit", "torchvision", "mit", "two streams"])
@@ -174,10 +222,15 @@ def test_a_backbone_whose_strides_do_not_fit_is_refused(model, strides, key):
         (["task.detector=fcos", "task.width=80"], "task.width"),
         (["task.detector=retinanet_v2", "task.width=32"], "task.width"),
         (["task.detector=fcos", "task.roi_samples=8"], "task.roi_samples"),
+        (["task.detector=ssdlite", "loop.batch_size=2", "loop.accumulate=2"], "loop.batch_size"),
         (["task.nms_threshold=0"], "task.nms_threshold"),
         (["dataset=digit_parts", "augmentation=boxes"], "dataset"),
         (["model=dinov2_vit_b", "dataset.image_size=112"], "model.patch_size"),
         (["model.in_channels=5"], "model.in_channels"),
+        (["augmentation.keep_aspect=false"], "augmentation.jitter"),
+        (["augmentation.mosaic_epochs=3"], "augmentation.mosaic_epochs"),
+        (["dataset.shape_groups=3", "loop.samples_per_epoch=64"], "dataset.shape_groups"),
+        (["task=classification", "augmentation=boxes", "augmentation.mosaic=1"], "augmentation.mosaic"),
         (["model=mit_b0", "model.fusion=cross_attention"], "model.fusion"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, list) else "",

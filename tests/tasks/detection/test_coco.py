@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tasks.detection.coco import Found, Truth, coco_scores
 from tasks.detection.config import DetectionConfig
@@ -83,12 +83,15 @@ def batch(indices: list[int]) -> dict[str, Any]:
 
 
 def evaluate(rank: int, size: int) -> dict[str, float]:
-    evaluator = CocoEvaluator(oracle, DetectionConfig(), CLASSES, offset=1, mean=[0.5], std=[0.5])
+    evaluator = CocoEvaluator(oracle, DetectionConfig(), CLASSES, offset=1, mean=[0.5], std=[0.5], network=nn.Linear(3, 3))
     mine = list(range(rank, IMAGES, size))
     for first in range(0, len(mine), 5):
         evaluator.update(batch(mine[first : first + 5]))
     scores = evaluator.compute()
     assert all(p.dtype == torch.uint8 and p.shape[0] == 3 for p in evaluator.pictures().values())
+    (speed,) = evaluator.report().tables["speed"]
+    assert speed["images_per_second"] == pytest.approx(1000 / speed["milliseconds_per_image"])
+    assert (speed["parameters"], speed["megabytes"]) == (12, 48e-6)
     return {name: value for name, value in scores.items() if "seconds" not in name}
 
 

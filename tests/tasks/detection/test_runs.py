@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import tasks  # noqa: F401  (its schemas)
 from tests import layouts
+from tests.processes import finish, logs, start_ranks
 from tests.test_exact import assert_same_run, last, stop_after
 from tests.thresholds import OVERFIT_MAP_50
 from trainer import load_model
+from trainer.data.shards.verbs import shards
 from trainer.errors import Stopped
 from trainer.launch.compose import compose_run
 from trainer.run import train
@@ -33,11 +36,14 @@ RUNS: dict[str, list[str]] = {
     "retinanet-accumulated": [*CONVNEXT, *SCENES[:2], "task.detector=retinanet", "loop.accumulate=2"],
     "retinanet_v2-bf16": [*CONVNEXT, *SCENES[:2], "task.detector=retinanet_v2", "precision=bf16"],
     "fcos-vit": ["model=timm", "model.name=test_vit", *SCENES[:2], "task.detector=fcos", "augmentation.shorter_side=[40,64]"],
-}
+    "ssdlite-mosaic": [*RESNET, *SCENES[:2], "task.detector=ssdlite", "augmentation.mosaic=0.7", "augmentation.mosaic_epochs=2",
+                       "dataset.num_workers=2"],
+}  # fmt: skip
 TERMS = {
     "faster_rcnn": ["loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"],
     "retinanet": ["classification", "bbox_regression"],
     "fcos": ["classification", "bbox_regression", "bbox_ctrness"],
+    "ssdlite": ["classification", "bbox_regression"],
 }
 
 
@@ -82,13 +88,59 @@ def test_stopped_and_resumed_to_the_last_bit(name, tmp_path, monkeypatch):
 )
 def test_five_channels_resumed_and_best_by_training_loss(model, tmp_path, monkeypatch):
     layouts.multispectral(tmp_path / "data")
-    overrides = ["dataset=multispectral", f"dataset.path={tmp_path / 'data'}", *model, "task.width=32", *FEW, "loop.best_metric=train/loss"]
+    overrides = ["dataset=multispectral", f"dataset.path={tmp_path / 'data'}", *model, "task.width=32", *FEW, "loop.best_metric=train/loss",
+                 "loop.loss_in_name=true", "loop.keep_checkpoints=2"]  # fmt: skip
     directory = resumed(tmp_path, monkeypatch, overrides)
     result = json.loads((directory / "result.json").read_text())
     losses = [row["train/loss"] for row in result["history"]]
     assert result["best"]["train/loss"] == min(losses)
     rows = list(csv.DictReader((directory / "epochs.csv").read_text().splitlines()))
     assert [float(row["train/loss"]) for row in rows] == pytest.approx(losses)
+    numbered = [f"epoch-{n:04d}-loss-{losses[n - 1]:.4f}" for n in (2, 3)]
+    assert sorted(p.stem for p in (directory / "checkpoints").glob("epoch-*.pt")) == numbered
+    assert [row["train/loss"] for row in last(directory)["history"]] == losses, "a complete checkpoint holds the history"
+    names = set(last(directory)["task"])
+    weights = load_file(directory / "checkpoints" / "model.safetensors")
+    assert {f"model.{name}" for name in weights} == names, "and the final weights are there by themselves"
+    assert load_model(directory, "epoch-0002").classes == ["even", "odd"]
+
+
+SETS = ["+task.args.encoder_layers=1", "+task.args.decoder_layers=2", "+task.args.num_queries=10"]
+ON_RANKS = {
+    "ssdlite": ["task.detector=ssdlite"],
+    "detr": ["task.detector=detr", *SETS],
+    "deformable_detr": ["task.detector=deformable_detr", *SETS],
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "ssdlite" else pytest.mark.slow) for name in ON_RANKS])
+def test_two_ranks_train_and_score(name, tmp_path):
+    """All parameters take part in every rank's step, in mosaics too, and every image is scored once."""
+    if name != "ssdlite":
+        pytest.importorskip("transformers")
+    overrides = [
+        *SHORT,
+        *RESNET,
+        *SCENES[:2],
+        "loop.epochs=1",
+        "augmentation.mosaic=0.5",
+        "loop.max_validation_batches=null",
+        *ON_RANKS[name],
+    ]
+    assert finish(start_ranks(tmp_path / "run", overrides, 2)) == [0, 0], logs(tmp_path / "run")
+    done = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert done["steps"] == 2 and "val/map" in done["last"]
+
+
+def test_shards_with_boxes_in_batches_of_one_shape(tmp_path, monkeypatch):
+    """Packed from COCO's layout, stopped and resumed."""
+    layouts.coco(tmp_path / "coco")
+    for split in ("train", "val"):
+        arguments = ["pack", str(tmp_path / "coco"), str(tmp_path / "shards"), "--dataset", "coco", "--split", split, "--size", "20KB"]
+        assert shards(arguments) == 0
+    overrides = [*RESNET, "dataset=webdataset", f"dataset.path={tmp_path / 'shards'}", "augmentation=boxes", "augmentation.mosaic=0.5",
+                 "dataset.shape_groups=3", "loop.samples_per_epoch=null", "dataset.train_fraction=0.25", *FEW]  # fmt: skip
+    resumed(tmp_path, monkeypatch, overrides)
 
 
 @pytest.mark.parametrize("layout", ["coco", "yolo", "voc"])
@@ -128,8 +180,8 @@ def test_eight_photographs_of_blood_are_learned_by_heart(shared_data, tmp_path):
         f"dataset.path={shared_data / 'bccd'}",
         "debug=overfit",
         "loop.batch_size=8",
-        "loop.epochs=150",
-        "loop.validate_every=50",
+        "loop.epochs=120",
+        "loop.validate_every=60",
     ]
     done = train(compose_run(*overrides), RunDirectory(tmp_path / "run"))
     assert done["best"]["val/map_50"] >= 0.95

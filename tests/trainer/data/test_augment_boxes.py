@@ -10,8 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.trainer.data.sources import batches
 from trainer.config import Letterbox
 from trainer.data.augment.letterbox import Boxed
+from trainer.data.formats.scenes import DigitScenes
+from trainer.data.order import Order
+from trainer.data.reading import Reading
+from trainer.data.source import BadSample
 from trainer.launch.compose import compose_run
 from trainer.random import SampleRandom
 
@@ -119,6 +124,81 @@ def test_several_sizes_are_drawn_and_the_last_one_validates():
     assert min(augmentation(train=False, shorter_side=sides).sample(scene(60, 60, []), SampleRandom(0))["size"]) == 40
 
 
+def mosaic_of(augment: Boxed, key: int, scenes: list[dict[str, Any]]) -> dict[str, Any]:
+    return augment.together(scenes[0], lambda number, use: use(scenes[number]), SampleRandom(key))
+
+
+def test_a_mosaic_shows_four_images_and_its_boxes_are_where_their_pixels_are():
+    augment = augmentation(train=True, hflip=0.5, mosaic=1.0, mosaic_scale=[0.5, 1.2], min_visible=0.3)
+    kept = 0
+    for key in range(60):
+        scenes = []
+        for number, (width, height) in enumerate([(120, 80), (60, 90), (100, 100), (70, 40)]):
+            left = width // 8
+            box = [left, 8, left + width // 2, height - 4]
+            # There are three colours: the fourth image's object is white.
+            drawn = scene(width, height, [box if number in (c, 3) else [0, 0, 0, 0] for c in range(3)])
+            scenes.append({
+                "image": drawn["image"], "boxes": np.array([box], np.float32), "labels": np.array([number]), "crowd": np.zeros(1, bool),
+                "area": np.ones(1), "image_id": 7,
+            })  # fmt: skip
+        out = mosaic_of(augment, key, scenes)
+        assert out["image"].shape == (3, SIZE, SIZE)
+        assert (out["size"], out["image_id"]) == ((SIZE, SIZE), 7)
+        assert len(out["boxes"]) == len(out["labels"]) == len(out["crowd"]) == len(out["area"])
+        kept += len(out["boxes"])
+        bright = np.asarray(out["image"]) > 130  # black and the mean beside the objects
+        for label, box in zip(out["labels"].tolist(), out["boxes"], strict=True):
+            wanted = np.array([channel in (label, *((0, 1, 2) if label == 3 else ())) for channel in range(3)])
+            object_pixels = (bright == wanted[:, None, None]).all(0)
+            ys, xs = np.nonzero(object_pixels)
+            np.testing.assert_allclose([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1], box, atol=1.7)
+    assert 100 < kept < 240, "most objects stay; some are cut off"
+
+
+def test_mosaics_stop_after_their_epochs_and_come_with_their_probability():
+    augment = augmentation(train=True, mosaic=0.5, mosaic_epochs=2)
+    asked = [[augment.others(SampleRandom(key), epoch) for key in range(200)] for epoch in range(4)]
+    assert asked[0] == asked[1], "a function of the key"
+    assert set(asked[0]) == {0, 3}
+    assert 60 < asked[0].count(3) < 140
+    assert not any(asked[2] + asked[3])
+    assert not any(augmentation(train=False, mosaic=1.0).others(SampleRandom(key), 0) for key in range(20)), "none in validation"
+
+
 def test_the_config_refuses_what_shows_less_than_the_whole_image():
-    cfg = Letterbox(hflip=0.5, crop_scale=None, val_crop=0.9, jitter=[2.0, 1.0], shorter_side=[])
-    assert {p.key for p in cfg.problems()} == {"augmentation.val_crop", "augmentation.jitter", "augmentation.shorter_side"}
+    cfg = Letterbox(hflip=0.5, crop_scale=None, val_crop=0.9, jitter=[2.0, 1.0], shorter_side=[], mosaic_epochs=3)
+    assert {p.key for p in cfg.problems()} == {
+        "augmentation.val_crop", "augmentation.jitter", "augmentation.shorter_side", "augmentation.mosaic_epochs"
+    }  # fmt: skip
+
+
+def test_mosaics_do_not_depend_on_workers_ranks_or_where_a_run_began():
+    source = DigitScenes("train", num_samples=20, size=48, max_objects=3, noise=0.5, seed=0)
+    order = Order(20, 0, 8, drop_last=False)
+
+    def of(steps: int, **how: Any) -> list[dict[str, Any]]:
+        augment = augmentation(train=True, mosaic=0.6, mosaic_epochs=2)
+        return batches(steps, order, source=source, augmentation=augment, **how)
+
+    whole = of(9)
+    seen = {int(i): image for batch in whole[3:6] for i, image in zip(batch["index"], batch["image"], strict=True)}
+    for rank in range(2):
+        for batch in of(3, rank=rank, world=2, workers=2, start_step=3):  # the second epoch, as a resumed run on two ranks has it
+            assert all(torch.equal(image, seen[int(i)]) for i, image in zip(batch["index"], batch["image"], strict=True))
+
+
+def test_an_image_that_cannot_join_a_mosaic_is_replaced_and_named():
+    class Broken(DigitScenes):
+        def __getitem__(self, index: int) -> Any:
+            if index == 3:
+                raise BadSample(self.name(3), "broken")
+            return super().__getitem__(index)
+
+    source = Broken("train", num_samples=8, size=48, max_objects=3, noise=0.5, seed=0)
+    reading = Reading(source, augmentation(train=True, mosaic=1.0), replace=True)
+    bad: list[tuple[str, str]] = []
+    for key in range(20):
+        found = reading.read(0, key, 0, bad)
+        assert found is not None and found[0] == 0
+    assert bad and set(bad) == {(source.name(3), "broken")}

@@ -105,6 +105,36 @@ def test_a_failed_and_a_missing_seed_are_named_everywhere(tmp_path: Path) -> Non
     assert {row["arm"]: (row["failed"], row["missing"], row["unfinished"]) for row in rows}["lr=0.001"] == ("", "335", "")
 
 
+def test_the_final_summary_has_a_line_for_each_run(tmp_path: Path) -> None:
+    home = make_sweep(tmp_path, ARMS, seeds=[7], states={1: "failed"}, epochs=6)
+    weights = run_of(home, 0) / "checkpoints" / "model.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(bytes(2_500_000))
+    result = run_of(home, 2) / "result.json"
+    best = json.loads(result.read_text())["best"]
+    edit(result, best=best | {"val/seconds_per_image": 0.02})
+    assert main([str(home)]) == 0
+    told = json.loads((home / "final_summary.json").read_text())
+    assert (told["total"], told["succeeded"], told["failed"], told["metric"]) == (3, 2, 1, "val/top1")
+    first, second, third = told["runs"]
+    rows = list(csv.DictReader((run_of(home, 0) / "epochs.csv").read_text().splitlines()))
+    losses = [float(row["train/loss"]) for row in rows]
+    assert first["epoch_losses"] == losses and first["best_train_loss"] == min(losses) and first["final_train_loss"] == losses[-1]
+    assert first["epoch_seconds"] == pytest.approx([2.2] * 6) and first["seconds_per_epoch"] == pytest.approx(2.2)
+    assert (first["parameters"], first["megabytes"], first["succeeded"]) == (4_927_618, 2.5, True)
+    reached = json.loads((run_of(home, 0) / "result.json").read_text())
+    assert (first["best_epoch"], first["val/top1"]) == (reached["best"]["epoch"], reached["best"]["val/top1"])
+    assert told["total_seconds"] == pytest.approx(first["seconds"] + third["seconds"], abs=1e-3)
+    assert second["state"] == "failed" and second["reason"].startswith("Diverged") and second["rank"] is None
+    assert second["epoch_losses"], "what it had learned by then"
+    assert (third["milliseconds_per_image"], third["images_per_second"]) == pytest.approx((20, 50))
+    assert sorted([first["rank"], third["rank"]]) == [1, 2] and (first["rank"] == 1) == (first["val/top1"] > third["val/top1"])
+    table = list(csv.DictReader((home / "final_summary.csv").read_text().splitlines()))
+    assert [(row["run"], row["state"]) for row in table] == [(run["run"], run["state"]) for run in told["runs"]]
+    markdown = (home / "final_summary.md").read_text()
+    assert "2 of 3 runs succeeded." in markdown and "seed 7: Diverged" in markdown and "4.93 M" in markdown and "20.0 ms" in markdown
+
+
 def test_a_folder_of_runs_says_the_same_as_its_sweep(home: Path, tmp_path: Path) -> None:
     of_sweep, of_folder = report(home, out=tmp_path / "a"), report(home.parents[1], out=tmp_path / "b")
     of_list = report(*(run_of(home, i) for i in range(9)), out=tmp_path / "c")

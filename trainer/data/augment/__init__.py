@@ -8,7 +8,8 @@ cutmix come from the micro-batch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from trainer.data.source import Sample
@@ -16,11 +17,22 @@ if TYPE_CHECKING:
     from trainer.task import Batch
 
 
+Made = TypeVar("Made")
+
+
+class Other(Protocol):
+    """Another sample of the data, drawn by the key of the one it joins. Where it cannot be read, `use` is given another."""
+
+    def __call__(self, number: int, use: Callable[[Sample], Made], /) -> Made: ...
+
+
 class Augmentation(Protocol):
     """The transform of one split. It reaches the workers by fork.
 
-    It may have two things more: `lazy = True` where it wants image files with their headers read and their pixels not, because
-    it knows the crop first; and `ragged`, the names of fields whose shape differs from sample to sample.
+    It may have more: `lazy = True` where it wants image files with their headers read and their pixels not, because
+    it knows the crop first; `ragged`, the names of fields whose shape differs from sample to sample; and
+    `others(random, epoch) -> int`, how many other samples it wants beside one. Where these are some, `together(sample, other:
+    Other, random)` takes the place of `sample`.
     """
 
     num_classes: int | None  # set by the loader; needed where labels are mixed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +12,19 @@ from torch import Tensor
 
 from trainer.data.augment import mixing
 from trainer.data.augment.geometry import CLIPPED, Box, decoded, random_crop, resize, size_of
+from trainer.data.augment.mosaic import TILES, Plan, Tile, objects_of
 from trainer.data.augment.standard import CROP, Standard
+from trainer.random import SampleRandom, fold
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from trainer.config import DatasetConfig
     from trainer.config.letterbox import Letterbox
+    from trainer.data.augment import Other
     from trainer.data.source import Sample
-    from trainer.random import SampleRandom
 
-SCALE, WINDOW = 2, 3  # streams of a sample's numbers
+SCALE, WINDOW, MOSAIC, CHOSEN = 2, 3, 4, 5  # streams of a sample's numbers
 LEAST = 1.0  # pixels: a box that is narrower or lower on the canvas shows nothing
 
 
@@ -89,6 +92,7 @@ class Boxed(Standard):
     touches."""
 
     ragged = ("source_boxes",)
+    cfg: Letterbox
 
     def __init__(self, cfg: Letterbox, dataset: DatasetConfig, *, train: bool) -> None:
         super().__init__(cfg, dataset, train=train)
@@ -118,16 +122,53 @@ class Boxed(Standard):
         pixels = fit.pixels(sample["image"], gap=1.0 if self.train else 2.0, bicubic=self.bicubic)
         return {"image": self._canvas(pixels), "size": (fit.height, fit.width), **rest}
 
+    def others(self, random: SampleRandom, epoch: int) -> int:
+        """How many images come beside a sample: three, where it becomes a mosaic."""
+        cfg, here = self.cfg, self.train and self.cfg.mosaic > 0 and (self.cfg.mosaic_epochs is None or epoch < self.cfg.mosaic_epochs)
+        return TILES - 1 if here and random.stream(CHOSEN).uniform() < cfg.mosaic else 0
+
+    def together(self, sample: Sample, other: Other, random: SampleRandom) -> dict[str, Any]:
+        """A mosaic of a sample and three others. All it has beside image and objects is the sample's."""
+        low, high = self.cfg.mosaic_scale
+        plan = Plan.draw(self.size, (low, high), random.stream(MOSAIC))
+
+        def tile(number: int, sample: Sample) -> Tile:
+            return self._tile(sample, plan, number, SampleRandom(fold(random.key, MOSAIC, number), restores=random.restores))
+
+        tiles = [tile(0, sample), *(other(n, partial(tile, n)) for n in range(1, TILES))]
+        canvas = self._blank(tiles[0].pixels)
+        for part in tiles:
+            left, top, right, bottom = part.box
+            canvas[:, top:bottom, left:right] = part.pixels
+        rest = {name: value for name, value in sample.items() if name != "image"}
+        return {"image": canvas, "size": (self.size, self.size), **rest, **objects_of(tiles)}
+
+    def _tile(self, sample: Sample, plan: Plan, number: int, random: SampleRandom) -> Tile:
+        region, box = plan.place(number, *size_of(sample["image"]))
+        left, top, right, bottom = box
+        fit = Fit(region, right - left, bottom - top, flip=mixing.flips(random, self.cfg.hflip))
+        objects = {name: sample[name] for name in CLIPPED & sample.keys()}
+        moved = fit.boxes(objects["boxes"])
+        objects["boxes"] = np.clip(moved, 0, np.array([fit.width, fit.height] * 2, dtype=np.float32))
+        drop_invisible(objects, moved, self.min_visible)
+        objects["boxes"] = objects["boxes"] + np.array([left, top] * 2, dtype=np.float32)
+        return Tile(box, fit.pixels(sample["image"], gap=1.0, bicubic=self.bicubic), objects)
+
     def _canvas(self, pixels: Tensor) -> Tensor:
-        """[C, size, size]; the rest of the square has the mean colour, which is zero once it is normalised."""
-        channels, height, width = pixels.shape
+        """[C, size, size], the picture in the upper left corner."""
+        _, height, width = pixels.shape
         if (height, width) == (self.size, self.size):
             return pixels
-        mean = torch.tensor([self.mean[c % len(self.mean)] for c in range(channels)])
-        colour = (mean * 255).round().to(torch.uint8) if pixels.dtype == torch.uint8 else mean
-        canvas = colour.view(-1, 1, 1).repeat(1, self.size, self.size)
+        canvas = self._blank(pixels)
         canvas[:, :height, :width] = pixels
         return canvas
+
+    def _blank(self, pixels: Tensor) -> Tensor:
+        """[C, size, size] of the mean colour, which is zero once it is normalised."""
+        channels = pixels.shape[0]
+        mean = torch.tensor([self.mean[c % len(self.mean)] for c in range(channels)])
+        colour = (mean * 255).round().to(torch.uint8) if pixels.dtype == torch.uint8 else mean
+        return colour.view(-1, 1, 1).repeat(1, self.size, self.size)
 
     def _fit(self, width: int, height: int, random: SampleRandom) -> Fit:
         flip = self.flips_early and mixing.flips(random, self.cfg.hflip)
@@ -143,6 +184,8 @@ class Boxed(Standard):
             factor *= random.stream(SCALE + 10).uniform(*self.jitter)
             region = self._window(region, factor, random.stream(WINDOW))
             w, h = region[2] - region[0], region[3] - region[1]
+        if not self.cfg.keep_aspect:
+            return Fit(region, self.size, self.size, flip=flip)
         return Fit(region, *(min(self.size, max(1, round(side * factor))) for side in (w, h)), flip=flip)
 
     def _window(self, region: Box, factor: float, random: SampleRandom) -> Box:

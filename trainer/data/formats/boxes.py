@@ -191,6 +191,10 @@ class DetectionSource(FileSource):
     def labels(self) -> None:
         return None  # an image has as many as it shows objects
 
+    def aspect_ratios(self) -> np.ndarray:
+        width, height = np.asarray(self.table["dimensions"]).T
+        return width / height
+
     def object_counts(self) -> np.ndarray:
         """Objects of each class, int64 [classes]."""
         return np.bincount(np.asarray(self.table["labels"].values), minlength=len(self.classes))

@@ -107,6 +107,11 @@ class ShardSource:
     def labels(self) -> np.ndarray | None:
         return np.asarray(self.table["label"]).astype(np.int64) if "label" in self.fields else None
 
+    def aspect_ratios(self) -> np.ndarray | None:
+        """Known where there are boxes, as these are said to be of an image of some size."""
+        width, height = np.asarray(self.table["dimensions"]).T if "boxes" in self.fields else (np.zeros(1), np.zeros(1))
+        return width / height if height.all() else None
+
     def object_counts(self) -> np.ndarray | None:
         """Objects of each class, int64 [classes], where there are boxes."""
         return np.bincount(np.asarray(self.table["labels"].values), minlength=len(self.classes)) if "boxes" in self.fields else None
