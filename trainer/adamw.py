@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Together:
-    """The parameters of one group that are stepped in one call, and what the kernel takes along with them."""
+    """Parameters of one group that are stepped in one call, and what the kernel takes along with them."""
 
     group: dict[str, Any]
     parameters: list[Tensor]
@@ -28,23 +28,26 @@ class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, bit for bit; checkpoints of one are checkpoints of the other.
 
     torch collects its lists anew at every step and counts each parameter's steps apart: 32 of the 44 us that a step takes
-    with 4 parameters on a CPU, 560 of 905 us with 152. Here the lists are made once and the count is shared. Where a
-    parameter goes without a gradient its own count matters, and everything is left to torch from then on.
+    with 4 parameters on a CPU, 560 of 905 us with 152. Here the lists are made once, for the parameters that have a gradient, and
+    those that have taken as many steps share their count. A step in which others have one is torch's, and lists are made anew
+    after it: at once the first time, then after 1, 3, 7 … further steps, so that parameters that come and go cost little.
     """
 
     _together: list[Together] | None = None
-    _idle: tuple[Tensor, ...] = ()  # parameters that have never had a gradient
-    _apart = False  # for good: the counts differ
+    _idle: tuple[Tensor, ...] = ()  # parameters without a gradient
+    _wait, _patience = 0, 0  # steps that are left to torch before lists are made again, and how many after the next change
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, fused=True)
 
     def step(self, closure: Any = None) -> Any:
-        if self._together is None and not self._apart:
-            self._together = self._gathered()
-        if closure is not None or self._together is None or not self._gradients_are_as_ever():
-            self._apart = self._apart or self._together is not None
+        if self._together is not None and (closure is not None or not self._gradients_are_as_ever()):
             self._part()
+            self._wait, self._patience = self._patience, 2 * self._patience + 1
+        elif self._together is None and closure is None:
+            self._together = self._gathered() if self._wait == 0 else None
+            self._wait = max(0, self._wait - 1)
+        if self._together is None:
             return super().step(closure)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)  # as GradScaler leaves them
         with torch.no_grad():
@@ -66,12 +69,11 @@ class AdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._part()
-        self._apart = False
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
-        self._together, self._apart = None, False
+        self._together, self._wait = None, 0
 
     def state_dict(self) -> dict[str, Any]:
         """As torch has it, with a count for each parameter: its own optimizers add to each of them."""
@@ -88,19 +90,21 @@ class AdamW(torch.optim.AdamW):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _gathered(self) -> list[Together] | None:
-        """The groups, ready for their kernels; None before the first step, which makes the state, or where torch has to."""
+        """What has a gradient now, ready for its kernels; None before its first step, which makes the state, or where torch has to."""
+        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         plain = not any(group[name] for group in self.param_groups for name in ("amsgrad", "maximize", "capturable", "differentiable"))
-        if not self.state or not plain:
+        if not plain or not any(active) or any(p not in self.state for parameters in active for p in parameters):
             return None
-        groups = [(group, [p for p in group["params"] if p in self.state]) for group in self.param_groups]
-        groups = [(group, parameters) for group, parameters in groups if parameters]
-        for _, parameters in groups:
-            steps = torch.stack([self.state[p]["step"] for p in parameters])
-            if len({(p.device, p.dtype) for p in parameters}) > 1 or bool((steps != steps[0]).any()):
-                self._apart = True
-                return None
-        self._idle = tuple(p for p in self._all_parameters() if p not in self.state)
-        return [self._share(group, parameters) for group, parameters in groups]
+        self._idle = tuple(p for p in self._all_parameters() if p.grad is None)
+        steps = [self.state[p]["step"] for parameters in active for p in parameters]
+        counts = iter(torch.stack([s.to(steps[0].device) for s in steps]).tolist())  # waits for a device, once
+        together = []
+        for group, parameters in zip(self.param_groups, active, strict=True):
+            alike: dict[Any, list[Tensor]] = {}
+            for p in parameters:
+                alike.setdefault((p.device, p.dtype, next(counts)), []).append(p)
+            together += [self._share(group, part) for part in alike.values()]
+        return together
 
     def _share(self, group: dict[str, Any], parameters: list[Tensor]) -> Together:
         states: list[Mapping[str, Tensor]] = [self.state[p] for p in parameters]
@@ -111,7 +115,7 @@ class AdamW(torch.optim.AdamW):
         return Together(group, parameters, means, squares, step, steps=[step] * len(parameters))
 
     def _gradients_are_as_ever(self) -> bool:
-        """Whether exactly the parameters that always had a gradient have one now."""
+        """Whether exactly the parameters that had a gradient when the lists were made have one now."""
         missing = any(any(map(is_, (p.grad for p in part.parameters), repeat(None))) for part in self._together or ())
         return not missing and all(p.grad is None for p in self._idle)
 

@@ -52,8 +52,16 @@ class SmallResNet(nn.Module):
                 nn.init.zeros_(part.norm2.weight)  # each block begins as its shortcut (arXiv:1706.02677, sec. 5.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.stages(self.stem(x))  # [N, D, h, w]
-        return self.fc(torch.mean(maps, dim=(2, 3)))
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map, [N, D, h, w]."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of the last map; with `pre_logits` what they are made of, [N, D]. Both as timm's networks have them."""
+        features = torch.mean(maps, dim=(2, 3))
+        return features if pre_logits else self.fc(features)
 
     def get_classifier(self) -> nn.Module:
         return self.fc

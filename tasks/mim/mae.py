@@ -30,9 +30,12 @@ class Mae(Mim):
             raise ConfigError(
                 Problem("task.decoder_dim", dim, reason, f"task.decoder_dim={-(-dim // math.lcm(4, heads)) * math.lcm(4, heads)}")
             )
-        self.decoder = Decoder(width, dim, depth, heads, self.grid, self.prefix, outputs=patch * patch * channels)
+        self.decoder = self._decoder(dim, depth, heads, outputs=patch * patch * channels)
         if fresh:
             _initialise(vit, self.grid)
+
+    def _decoder(self, dim: int, depth: int, heads: int, outputs: int) -> nn.Module:
+        return Decoder(int(self.model.embed_dim), dim, depth, heads, self.grid, self.prefix, outputs)  # type: ignore[arg-type]
 
     @staticmethod
     def patch_of(model: nn.Module, cfg: ModelConfig) -> int:
@@ -62,15 +65,19 @@ class Mae(Mim):
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
         """Tokens of the prefix and of the visible patches, [N, prefix + V, D]. `visible`: int64 [N, V]."""
         vit: Any = self.model
-        tokens = vit._pos_embed(vit.patch_embed(images))  # [N, prefix + L, D]
-        prefix, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]
-        tokens = torch.cat([prefix, patches.take_along_dim(visible.unsqueeze(2), 1)], 1)
-        tokens = vit.norm_pre(tokens)
+        tokens = self.embed(images, visible)
         if vit.grad_checkpointing:
             from timm.models import checkpoint_seq
 
             return vit.norm(checkpoint_seq(vit.blocks, tokens))
         return vit.norm(vit.blocks(tokens))
+
+    def embed(self, images: Tensor, visible: Tensor) -> Tensor:
+        """What the encoder's first block is given, [N, prefix + V, D]."""
+        vit: Any = self.model
+        tokens = vit._pos_embed(vit.patch_embed(images))  # [N, prefix + L, D]
+        prefix, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        return vit.norm_pre(torch.cat([prefix, patches.take_along_dim(visible.unsqueeze(2), 1)], 1))
 
     def features(self, images: Tensor) -> Tensor:
         """The mean over patches: the class token is trained by nobody (arXiv:2111.06377, app. A.1)."""
@@ -95,7 +102,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList([Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.predict = nn.Linear(dim, outputs)
-        self.apply(_like_mae)
+        self.apply(like_mae)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, encoded: Tensor, order: Tensor, num_visible: int) -> Tensor:
@@ -113,7 +120,7 @@ class Decoder(nn.Module):
 
 def _initialise(vit: Any, grid: tuple[int, int]) -> None:
     """Weights as MAE begins with them (its app. A.1: xavier_uniform), positions fixed."""
-    vit.apply(_like_mae)
+    vit.apply(like_mae)
     projection = vit.patch_embed.proj.weight  # [D, C, p, p]
     nn.init.xavier_uniform_(projection.view(projection.shape[0], -1))
     for name in ("cls_token", "reg_token"):
@@ -125,7 +132,7 @@ def _initialise(vit: Any, grid: tuple[int, int]) -> None:
         vit.pos_embed.requires_grad_(False)
 
 
-def _like_mae(part: nn.Module) -> None:
+def like_mae(part: nn.Module) -> None:
     if isinstance(part, nn.Linear):
         nn.init.xavier_uniform_(part.weight)
         if part.bias is not None:

@@ -33,7 +33,7 @@ class SimMim(Mim):
     @staticmethod
     def patch_of(model: nn.Module, cfg: ModelConfig) -> int:
         projection = getattr(getattr(model, "patch_embed", None), "proj", None)
-        if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride:
+        if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride or not _gives_tokens(model, projection):
             reason = (
                 "simmim puts a token in the place of each hidden patch, which takes a network that begins with patches that do not overlap"
             )
@@ -84,3 +84,11 @@ class SimMim(Mim):
             side = round(patches.shape[1] ** 0.5)
             return patches.transpose(1, 2).unflatten(2, (side, side))
         return features.permute(0, 3, 1, 2)
+
+
+def _gives_tokens(model: nn.Module, projection: nn.Conv2d) -> bool:
+    """Whether its patches are vectors, [N, L, D] or [N, h, w, D]: a token cannot take the place of a channel of a map."""
+    network: Any = model
+    size, depth = network.patch_embed.img_size or projection.stride, projection.out_channels
+    with torch.no_grad():
+        return network.patch_embed(torch.zeros(1, projection.in_channels, *size)).shape[-1] == depth

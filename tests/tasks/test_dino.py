@@ -6,6 +6,7 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,6 +20,7 @@ from trainer import load_model
 from trainer.build import build_data, build_task
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, Stopped
+from trainer.launch import predict
 from trainer.launch.compose import checked, compose, compose_run
 from trainer.run import train
 from trainer.rundir import RunDirectory
@@ -212,6 +214,22 @@ def test_the_exported_backbone_is_plain_timm(done):
     torch.testing.assert_close(plain(images), model(images))
     teacher = {n.removeprefix("teacher.backbone."): t for n, t in last(done)["task"].items() if n.startswith("teacher.backbone.")}
     assert all(torch.equal(plain.state_dict()[n], t) for n, t in teacher.items())
+
+
+def test_predict_writes_the_teachers_features(done, tmp_path):
+    paths = [tmp_path / "images" / name for name in ("b/1.png", "a.png", "c.png")]
+    for i, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(256, (20 + i, 24, 3), generator=torch.Generator().manual_seed(i)).byte().numpy()).save(path)
+    (tmp_path / "images" / "broken.png").write_bytes(b"not a picture")
+    assert predict.main([str(done), str(tmp_path / "images"), "checkpoint=last", "--out", str(tmp_path / "out")]) == 0
+    with np.load(tmp_path / "out" / "features.npz") as found:
+        assert found["files"].tolist() == ["a.png", "b/1.png", "c.png"], "those that can be read"
+        model = load_model(done, "last")
+        expected = model(model.transform(sorted(paths)))  # type: ignore[operator]
+        torch.testing.assert_close(torch.from_numpy(found["features"]), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"classes=1,2.*tells no classes apart(?s:.*)task=classification"):
+        predict.main([str(done), str(tmp_path / "images"), "classes=1,2"])
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------------------

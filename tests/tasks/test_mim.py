@@ -28,6 +28,12 @@ from trainer.task import DataInfo, Progress
 VIT = ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16"]
 SWIN = ["model=timm", "model.name=swin_tiny_patch4_window7_224", "model.patch_size=2", "dataset.image_size=32",
         "+model.args.embed_dim=16", "+model.args.depths=[2,2]", "+model.args.num_heads=[2,4]", "+model.args.window_size=4"]  # fmt: skip
+BEIT = ["model=timm", "model.name=beitv2_base_patch16_224", "model.patch_size=8", "dataset.image_size=32",
+        "+model.args={embed_dim: 24, depth: 2, num_heads: 2}"]  # fmt: skip
+EVA = ["model=timm", "model.name=eva02_tiny_patch14_224", "model.patch_size=8", "dataset.image_size=32",
+       "+model.args={embed_dim: 24, depth: 2, num_heads: 2}"]  # fmt: skip
+CONVNEXT = ["model=convnextv2_micro", "model.args={depths: [1, 1, 1, 1], dims: [4, 6, 8, 10]}", "dataset.image_size=32", "task.method=fcmae",
+            "task.decoder_dim=12"]  # fmt: skip
 SHORT = ["loop.batch_size=16", "loop.samples_per_epoch=48", "loop.epochs=2", "loop.log_every=1", "loop.progress=none", "logger.plots=false",
          "loop.max_validation_batches=2", "loop.max_reference_images=64", "dataset.num_workers=0"]  # fmt: skip
 INFO = DataInfo(num_train=8, num_val=8, classes=("a", "b"), channels=3, steps_per_epoch=1, total_steps=1)
@@ -170,8 +176,13 @@ def test_patches_and_back():
 
 
 @pytest.mark.parametrize(
-    "overrides", [VIT, [*VIT, "task.method=simmim"], [*SWIN, "task.method=simmim"], [*VIT, "task.mask_unit=8", "task.mask=block"]]
-)
+    "overrides",
+    [
+        VIT, [*VIT, "task.method=simmim"], [*SWIN, "task.method=simmim"], [*VIT, "task.mask_unit=8", "task.mask=block"],
+        [*VIT, "task.method=crossmae"], [*CONVNEXT, "task.mask_unit=16"], [*CONVNEXT, "+model.args.output_stride=8", "model.patch_size=4"],
+        [*BEIT, "task.method=simmim"], [*EVA, "task.method=simmim"],
+    ],
+)  # fmt: skip
 def test_hidden_pixels_do_not_reach_the_prediction(overrides):
     task = make(*overrides).eval()
     x = images(task.grid[0] * task.patch)
@@ -206,12 +217,14 @@ def test_filled_images_keep_what_was_visible():
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["task.method=simmim", "precision=bf16"],
-        ["task.mask=block", "task.mask_unit=8", "loop.accumulate=2", "loop.activation_checkpointing=true"],
+        [*VIT, "task.method=simmim", "precision=bf16"],
+        [*VIT, "task.mask=block", "task.mask_unit=8", "loop.accumulate=2", "loop.activation_checkpointing=true"],
+        [*VIT, "task.method=crossmae", "precision=bf16", "loop.activation_checkpointing=true"],
+        [*CONVNEXT, "precision=bf16", "loop.activation_checkpointing=true", "model.drop_path_rate=0.2"],
     ],
 )
 def test_a_stopped_run_ends_in_the_same_bits(overrides, tmp_path, monkeypatch):
-    overrides = ["task=mim", *VIT, *overrides, *SHORT, "task.knn_neighbours=5"]
+    overrides = ["task=mim", *overrides, *SHORT, "task.knn_neighbours=5"]
     train(compose_run(*overrides), RunDirectory(tmp_path / "unbroken"))
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -232,7 +245,7 @@ def test_it_learns_to_fill_in_digits(tmp_path):
     assert result["last"]["val/loss"] < FILLS_IN
 
 
-@pytest.fixture(scope="module", params=["mae", "simmim"])
+@pytest.fixture(scope="module", params=["mae", "simmim", "crossmae"])
 def pretrained(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pretrained") / "run"
     train(compose_run("task=mim", *VIT, f"task.method={request.param}", *SHORT), RunDirectory(path))
@@ -287,6 +300,12 @@ def problems(*overrides: str):
         (["task.method=simmim", "task.mask_unit=12"], "task.mask_unit", "task.mask_unit="),
         (["task.method=simmim", "task.decoder_depth=2"], "task.decoder_depth", "null"),
         (["task.method=mea"], "task.method", "mae"),
+        (["model=small_resnet"], "model.name", "fcmae"),
+        (["task.method=crossmae", "model=resnet50"], "model.name", "fcmae"),
+        (["task.method=crossmae", "task.predicted_ratio=0.8"], "task.predicted_ratio", "task.predicted_ratio=0.75"),
+        (["task.predicted_ratio=0.5"], "task.predicted_ratio", "null"),
+        (["task.method=fcmae"], "model.name", "model=convnextv2_micro"),
+        (["task.method=fcmae", "model=convnextv2_micro", "task.decoder_heads=2"], "task.decoder_heads", "null"),
         (["augmentation.mixup=0.2"], "augmentation.mixup", "augmentation.mixup=0"),
     ],
 )
@@ -303,6 +322,13 @@ def test_what_cannot_work_is_said_with_the_way_out(overrides, key, fix):
         (["model=timm", "model.name=test_convnext", "task.method=simmim"], "patches that do not overlap"),
         (["model=timm", "model.name=test_resnet"], "plain ViT"),
         ([*VIT, "task.decoder_dim=30"], "task.decoder_dim"),
+        (["model=timm", "model.name=hiera_tiny_224", "dataset.image_size=224"], "plain ViT"),
+        (["model=timm", "model.name=hiera_tiny_224", "dataset.image_size=224", "task.method=simmim"], "patches that do not overlap"),
+        (["model=timm", "model.name=nest_tiny_jx", "dataset.image_size=224", "task.method=simmim"], "patches that do not overlap"),
+        (["model=timm", "model.name=convnext_nano_ols", "dataset.image_size=64", "task.method=fcmae"], "ConvNeXt of timm's that begins"),
+        (["model=small_resnet", "task.method=fcmae"], "ConvNeXt of timm's that begins"),
+        (["model=timm", "model.name=test_convnext", "task.method=fcmae", "dataset.image_size=48"], "whole ones"),
+        (["model=timm", "model.name=test_convnext", "task.method=fcmae", "dataset.image_size=32"], "nothing to see"),
     ],
 )
 def test_what_only_the_network_tells_is_said_before_the_first_step(overrides, message):

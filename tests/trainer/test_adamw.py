@@ -80,6 +80,47 @@ def test_a_parameter_without_a_gradient_is_skipped_as_torch_skips_it(missing: tu
     assert_equal(a, b)
 
 
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """[how many steps of ours have been left to torch]"""
+    count, torchs = [0], torch.optim.AdamW.step
+
+    def counted(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        count[0] += isinstance(self, AdamW)
+        return torchs(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    return count
+
+
+def test_lists_are_made_again_once_parameters_have_begun_or_stopped_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a last layer does that rests for an epoch: torch's own step is taken at the changes alone."""
+    slow = slow_steps(monkeypatch)
+    a, b, pa, pb = make()
+    rest: tuple[tuple[range, tuple[int, ...], int], ...] = (
+        (range(4), (1, 4), 1),  # the first step makes the state
+        (range(4, 8), (), 2),  # they begin, and have a count of their own
+        (range(8, 14), (0,), 4),  # another rests: torch's step, one more, and on
+        (range(14, 24), (), 8),
+    )
+    for steps, missing, expected in rest:
+        run((a, b), (pa, pb), steps, missing=missing)
+        assert_equal(a, b)
+        assert slow[0] == expected
+    assert [a.state[p]["step"].item() for p in pa] == [18, 20, 24, 24, 20]
+    assert len({id(a.state[p]["step"]) for p in pa}) == 5, "one count for those of a group that share it"
+
+
+def test_parameters_that_come_and_go_cost_few_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    gathered = AdamW._gathered
+    monkeypatch.setattr(AdamW, "_gathered", lambda self: made.append(1) or gathered(self))
+    a, b, pa, pb = make()
+    for step in range(60):
+        run((a, b), (pa, pb), range(step, step + 1), missing=(step % 5,))
+    assert_equal(a, b)
+    assert len(made) < 12
+
+
 def test_a_bad_step_leaves_no_trace() -> None:
     a, b, pa, pb = make()
     for step, bad in enumerate((0.0, 1.0, 1.0, 0.0)):

@@ -157,6 +157,8 @@ class TorchvisionModel(ModelConfig):
 class SmallResNet(ModelConfig):
     """A residual network for small images, of this project's own."""
 
+    offers: ClassVar[frozenset[str]] = frozenset({"classifier", "features"})
+
     stem: int = setting(help="channels of the stem, which keeps the image's size", ge=1)
     widths: list[int] = setting(help="channels of each stage; each halves the image's sides", ge=1)
     blocks: list[int] = setting(help="residual blocks of each stage", ge=1)

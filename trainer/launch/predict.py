@@ -1,12 +1,13 @@
 """`python -m trainer predict RUN_DIR FOLDER [overrides]`: what a trained network finds in images, as a CSV file and a contact sheet.
 
-Images go through the run's own validation transform and loader. It knows no task: rows are what the task's `predict` gives.
+Images go through the run's own validation transform and loader. It knows no task: rows are what the task's `predict` gives. Of a network
+that has learned without labels it writes the features, `features.npz`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from trainer.launch.evaluate import FIXED
 
 if TYPE_CHECKING:
     from trainer.data.loose import LooseImages
-    from trainer.task import Task
+    from trainer.task import Batch, Task
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -35,7 +36,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write `predictions.csv` and `sheet.png`, and print where they are."""
+    """Write `predictions.csv` and `sheet.png`, or `features.npz`, and print where they are."""
     options = arguments().parse_intermixed_args(argv)
     directory, before = existing_run(options.run_dir)
     before = as_it_ended(before)
@@ -65,42 +66,66 @@ def write(run: RunConfig, run_dir: Path, folder: Path, out: Path, checkpoint: st
     import torch
 
     from trainer.data.loose import LooseImages
-    from trainer.evaluate import restrict, write_csv
+    from trainer.evaluate import restrict
     from trainer.inference import load_task
     from trainer.task import Task
 
     task, run, saved = load_task(run_dir, checkpoint, run)
-    if type(task).predict is Task.predict:
-        reason = f"{type(task).__name__} has nothing to say about a single image"
-        raise ConfigError(Problem("run directory", run_dir, reason, "load_model() gives its network"))
     images = LooseImages(folder, saved["channels"])
     if not len(images):
         endings = "images (.jpg, .png …)" if saved["channels"] in (1, 3) else "arrays (.npy)"
         raise ConfigError(Problem("folder", folder, f"holds no {endings}, at any depth"))
     task.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    has_rows = type(task).predict is not Task.predict
+    if classes and not has_rows:
+        reason = f"{type(task).__name__} tells no classes apart: it has features to give"
+        raise ConfigError(Problem("classes", classes, reason, f"task=classification init_from={run_dir} learns some"))
     if classes:
         restrict(task, classes, saved["classes"])
-    found: dict[str, Rows] = {}
-    shown: list[tuple[Any, Rows]] = []
+    answer = task.predict if has_rows else lambda batch: task.features(batch["image"]).float().cpu().numpy()
+    found: dict[str, Any] = {}
+    shown: list[tuple[Any, Any]] = []
     bad: dict[str, str] = {}
-    for path, pixels, rows in predictions(run, task, images, bad):
-        found[path] = rows
+    for path, pixels, given in answers(run, task, answer, images, bad):
+        found[path] = given
         if len(shown) < on_sheet:
-            shown.append((pixels, rows))
-    table = [row for path in images.paths for row in rows_of(images.relative(path), found.get(path), bad.get(path))]
+            shown.append((pixels, given))
     if not found:
         listed = "\n".join(f"  {path}: {why}" for path, why in bad.items())
         raise DataError(f"none of the {len(images)} images in {folder} can be read:\n{listed}")
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "predictions.csv", table)
-    if shown:
-        contact_sheet(shown).save(out / "sheet.png")
-    left = f", {len(bad)} cannot be read (column error)" if bad else ""
-    print(f"{len(found)} images{left}\n{out / 'predictions.csv'}" + (f"\n{out / 'sheet.png'}" if shown else ""))
+    if has_rows:
+        written = write_table(out, images, found, bad, shown)
+    else:
+        written = write_features(out, {images.relative(path): given for path, given in sorted(found.items())})
+    left = f", {len(bad)} cannot be read" + (" (column error)" if has_rows else "") if bad else ""
+    print("\n".join([f"{len(found)} images{left}", *map(str, written)]))
 
 
-def predictions(run: RunConfig, task: Task, images: LooseImages, bad: dict[str, str]) -> Iterator[tuple[str, Any, Rows]]:
-    """(path, pixels [S, S, 3] uint8 that the network saw, rows) of every image that can be read; the others go to `bad`."""
+def write_table(
+    out: Path, images: LooseImages, found: Mapping[str, Rows], bad: Mapping[str, str], shown: Sequence[tuple[Any, Rows]]
+) -> list[Path]:
+    from trainer.evaluate import write_csv
+
+    write_csv(out / "predictions.csv", [row for p in images.paths for row in rows_of(images.relative(p), found.get(p), bad.get(p))])
+    if not shown:
+        return [out / "predictions.csv"]
+    contact_sheet(shown).save(out / "sheet.png")
+    return [out / "predictions.csv", out / "sheet.png"]
+
+
+def write_features(out: Path, found: Mapping[str, Any]) -> list[Path]:
+    """`files` [N], as they are called in the folder, and their `features`, float32 [N, D]."""
+    import numpy as np
+
+    np.savez(out / "features.npz", files=np.array(list(found)), features=np.stack(list(found.values())))
+    return [out / "features.npz"]
+
+
+def answers(
+    run: RunConfig, task: Task, answer: Callable[[Batch], Any], images: LooseImages, bad: dict[str, str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """(path, pixels [S, S, 3] uint8 that the network saw, answer) of every image that can be read; the others go to `bad`."""
     from contextlib import nullcontext
 
     import torch
@@ -119,7 +144,7 @@ def predictions(run: RunConfig, task: Task, images: LooseImages, bad: dict[str, 
     with torch.inference_mode(), torch.autocast(device.type, dtype=getattr(torch, kind)) if kind else nullcontext():
         for batch in loader:
             pixels, indices = to_pixels(batch["image"].float(), cfg.mean, cfg.std), batch["index"].tolist()
-            for index, picture, rows in zip(indices, pixels, task.predict(batch), strict=True):
+            for index, picture, rows in zip(indices, pixels, answer(batch), strict=True):
                 yield images.name(index), picture, rows
     loader.close()
     bad.update(loader.bad.found)
