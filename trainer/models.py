@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trainer.config.names import nearest
+from trainer.dilation import dilate
 from trainer.errors import ConfigError, Problem
 from trainer.pretrained import first_line, load_torchvision, timm_weights_within_reach, torchvision_weights, unreachable
 
@@ -103,6 +104,7 @@ def build_torchvision(cfg: TorchvisionModel, *, num_classes: int, image_size: in
         raise ConfigError(
             Problem("model.patch_size", cfg.patch_size, "torchvision's networks have theirs in their name", "model.patch_size=null")
         )
+    output_stride = arguments.pop("output_stride", None)  # timm's word for it, whose networks take it themselves
     if cfg.name in ("googlenet", "inception_v3"):
         arguments |= {"aux_logits": False, "init_weights": True}  # a second output would be no classifier's
     try:
@@ -114,6 +116,8 @@ def build_torchvision(cfg: TorchvisionModel, *, num_classes: int, image_size: in
         _replace_first_convolution(model, channels)
     if num_classes == 0:
         _replace(model, _names(model, nn.Linear)[-1], nn.Identity())
+    if output_stride is not None:
+        dilate(model, output_stride, name=cfg.name, in_channels=channels)
     if cfg.pretrained:
         load_torchvision(model, torchvision_weights(cfg.name), cfg.name, channels)
     _try_small(model, cfg, in_channels, image_size)
