@@ -32,7 +32,8 @@ def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDisco
         model = run.model
         if drop_path:
             model = dataclasses.replace(model, drop_path_rate=drop_path)
-        return headless(model.build(num_classes=0, image_size=run.dataset.image_size, in_channels=data.channels))
+        channels = model.in_channels or data.channels
+        return headless(model.build(num_classes=0, image_size=run.dataset.image_size, in_channels=data.channels), channels)
 
     classes, name = len(data.classes), run.model.name
     first = backbone(cfg.drop_path_stage_1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from tasks.part_discovery import groups
+from tasks.part_discovery.attention import divisible
 from tasks.part_discovery.backbones import feature_map
 from tasks.part_discovery.network import Modulation
 from tasks.part_discovery.task import PartDiscovery
@@ -114,20 +116,34 @@ def test_pruned_tokens_change_nothing(share, base):
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
-def test_pruning_in_training_changes_neither_loss_nor_gradients():
-    """Where the mask passes nothing on, a hidden token has no part in either."""
+@pytest.mark.parametrize(("gradient", "base"), [("none", TINY), ("straight_through", TINY), ("straight_through", STEM)])
+def test_pruning_in_training_changes_neither_loss_nor_gradients(gradient, base):
+    """Where the mask passes nothing on, a hidden token has no part in either; otherwise it teaches the mask alone, up to the 1e-10
+    that it weighs. Everything is compared with timm's own blocks on all tokens."""
     found = []
-    for prune in ("true", "false"):
-        task = make("task.mask_gradient=none", f"task.prune={prune}").train()
-        widths: list[int] = []
+    for prune in (True, False):
+        task = make(f"task.mask_gradient={gradient}", f"task.prune={str(prune).lower()}", base=base).train()
         assert task.model.stage_2 is not None
-        task.model.get_submodule("stage_2.backbone.norm").register_forward_hook(lambda _, x, y: widths.append(x[0].shape[1]))  # noqa: B023
+        if not prune:
+            cast(Any, task.model.stage_2.backbone).grad_checkpointing = True  # so that timm's own forward passes run
+        widths: list[int] = []
+        task.model.get_submodule("stage_2.backbone.blocks.0.mlp").register_forward_hook(lambda _, x, y: widths.append(x[0].shape[1]))  # noqa: B023
         output = task(batch(), PROGRESS)
         output.loss.backward()
-        found.append((widths[0], output.loss.detach(), {name: p.grad for name, p in task.named_parameters()}))
+        found.append((widths[-1], output.loss.detach(), {name: p.grad for name, p in task.named_parameters()}))
     (fewer, *ours), (all_of_them, *theirs) = found
     assert fewer < all_of_them
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_that_draw_or_are_out_of_the_ordinary_are_run_whole():
+    stage_2 = make("task.drop_path_stage_2=0.5").model.stage_2
+    assert stage_2 is not None
+    network: Any = stage_2.backbone
+    assert divisible(network.eval())
+    assert not divisible(network.train())
+    network.eval().blocks[0].compile()
+    assert not divisible(network)
 
 
 def test_registers_and_class_token_are_prefix_tokens():
@@ -301,10 +317,13 @@ def test_one_stage_takes_networks_that_are_no_transformers():
         assert feature_map(task.model.stage_1.backbone, data["image"]).shape[2:] == (4, 4)
         task(data, PROGRESS).loss.backward()
         assert all(p.grad is not None for p in task.parameters())
-    finer = make(
-        "task.stages=1", "+model.args.output_stride=16", "dataset.image_size=64", base=[*SMALL, "model=timm", "model.name=test_resnet"]
-    )
-    assert feature_map(finer.model.stage_1.backbone, torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
+    for model, name in (("timm", "test_resnet"), ("torchvision", "resnet18"), ("torchvision", "convnext_tiny")):
+        finer = make(
+            "task.stages=1", "+model.args.output_stride=16", "dataset.image_size=64", base=[*SMALL, f"model={model}", f"model.name={name}"]
+        ).train()
+        assert feature_map(finer.model.stage_1.backbone, torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
+        finer(batch(size=64), PROGRESS).loss.backward()
+        assert all(p.grad is not None for p in finer.parameters()), "nothing of the classifier is left"
 
 
 def test_one_stage_has_the_first_stages_logits():
