@@ -49,6 +49,24 @@ def headless(network: nn.Module, channels: int) -> nn.Module:
     return network
 
 
+def shortened(network: nn.Module, blocks: int, name: str) -> nn.Module:
+    """The same network with its first `blocks` blocks only. Raises ConfigError where it has no such number of them."""
+    if not isinstance(network, VisionTransformer) or blocks > len(network.blocks):
+        reason = (
+            f"{name} has {len(network.blocks)} blocks"
+            if isinstance(network, VisionTransformer)
+            else f"{name} is none of timm's vision transformers"
+        )
+        raise ConfigError(Problem("task.stage_1_blocks", blocks, reason, "task.stage_1_blocks=null"))
+    network.blocks = network.blocks[:blocks]
+    if blocks == 0:  # nothing would pass between patches and the tokens before them, which would never learn
+        if network.pos_embed is not None and not network.no_embed_class:
+            network.pos_embed = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :].clone())
+        network.cls_token = network.reg_token = None
+        network.num_prefix_tokens, network.num_reg_tokens, network.has_class_token = 0, 0, False
+    return network
+
+
 def embed(network: VisionTransformer, images: Tensor) -> Tensor:
     """Tokens with their positions, prefix tokens first, [N, prefix + hw, D]."""
     tokens = network._pos_embed(network.patch_embed(images))  # the one place that knows which tokens have positions

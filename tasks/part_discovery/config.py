@@ -66,6 +66,11 @@ class PartDiscoveryConfig(LossConfig):
         return frozenset({"pyramid"} if self.stages == 1 else {"features"})
 
     num_parts: int = setting(help="parts to find, besides the background", ge=2)
+    stage_1_blocks: int | None = setting(
+        None,
+        "transformer blocks of the first stage's network; null = all, and none after a model.conv_stem: without pretraining blocks teach every place the class, and parts come to say it by where they are",
+        ge=0,
+    )
     stages: int = setting(2, "2: a second network sees the parts alone; 1: the first stage is all there is (arXiv:2407.04538)", ge=1, le=2)
 
     gumbel: bool = setting(True, "Gumbel noise on the part logits in training (arXiv:1611.01144)")

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tasks.part_discovery import groups
 from tasks.part_discovery.attention import divisible
@@ -22,7 +22,7 @@ from trainer.task import Batch, Progress
 
 SMALL = ["task=part_discovery", "dataset.image_size=40", "loop.batch_size=4", "dataset.num_train=16", "dataset.num_val=8"]
 TINY = [*SMALL, "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2"]
-STEM = [*SMALL, "model.args.depth=1"]  # the default network, with convolutions before the blocks
+STEM = [*SMALL, "model.args.depth=1", "model.conv_stem=[8,16,24]"]  # as the default network, convolutions before the blocks
 PROGRESS = Progress(5, 10, 5.0)  # when all terms have their weights
 
 
@@ -176,6 +176,24 @@ def test_noise_and_dropout_do_not_depend_on_who_shares_the_batch():
     assert whole.mask is not None
     assert half.mask is not None
     assert torch.equal(half.mask.hard, whole.mask.hard[2:])
+
+
+def test_without_blocks_a_place_knows_its_surroundings_only():
+    """As after convolutions by default; with blocks every place knows the whole image."""
+    images = batch()["image"]
+    for blocks, knows in (("null", False), ("0", False), ("1", True)):
+        task = make(f"task.stage_1_blocks={blocks}", base=STEM).eval()
+        moved = images.clone()
+        moved[..., :8, :8] += 1
+        with torch.no_grad():
+            before, after = (feature_map(task.model.stage_1.backbone, x) for x in (images, moved))
+        assert bool((before[..., -1, -1] != after[..., -1, -1]).any()) == knows
+        assert (before[..., 0, 0] != after[..., 0, 0]).any()
+        task.train()(batch(), PROGRESS).loss.backward()
+        assert all(p.grad is not None for p in task.parameters()), "tokens that reach no patch are gone"
+    whole = make().model.stage_1.backbone
+    assert isinstance(whole.blocks, nn.Sequential)
+    assert len(whole.blocks) == 2
 
 
 def test_equivariance_runs_stage_1_alone_on_the_turned_images():
@@ -355,6 +373,8 @@ def test_the_total_is_the_weighted_sum_of_its_terms():
         (["+model.args.class_token=false", "+model.args.global_pool=avg"], "model.name"),
         (["+model.args.patch_drop_rate=0.5"], "model.args.patch_drop_rate"),
         (["task.stages=1", "model.name=test_resnet", "model.patch_size=null"], "dataset.image_size"),
+        (["task.stage_1_blocks=99"], "task.stage_1_blocks"),
+        (["task.stages=1", "task.stage_1_blocks=1", "model.name=test_resnet", "model.patch_size=null"], "task.stage_1_blocks"),
     ],
 )
 def test_networks_that_will_not_do_are_refused(overrides, key):
