@@ -32,6 +32,8 @@ RENAMED = (  # transformers' names, timm's names
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),  # SwiGLU: gate and value in one, as in the hub's files
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.fc2."),
     (r"^layernorm\.", "norm."),
 )
 
@@ -41,9 +43,8 @@ def build_dinov2(cfg: TimmModel, *, num_classes: int, image_size: int, in_channe
     from timm.models.vision_transformer import VisionTransformer
 
     facts = json.loads(_file(cfg, "config.json").read_text())
-    if facts.get("model_type") not in KINDS or facts.get("use_swiglu_ffn"):
-        what = f"is a {facts.get('model_type', 'network of no known kind')}{' with SwiGLU' if facts.get('use_swiglu_ffn') else ''}"
-        reason = f"{what}; of the hub's networks, {' and '.join(KINDS)} are read"
+    if facts.get("model_type") not in KINDS:
+        reason = f"is a {facts.get('model_type', 'network of no known kind')}; of the hub's networks, {' and '.join(KINDS)} are read"
         raise ConfigError(Problem("model.name", cfg.name, reason, "model.name=facebook/dinov2-base, or model.source=timm"))
     registers = int(facts.get("num_register_tokens", 0))
     arguments: dict[str, Any] = {
@@ -52,6 +53,8 @@ def build_dinov2(cfg: TimmModel, *, num_classes: int, image_size: int, in_channe
         "mlp_ratio": facts["mlp_ratio"], "qkv_bias": facts["qkv_bias"], "init_values": facts["layerscale_value"],
         "reg_tokens": registers, "no_embed_class": registers > 0, "drop_rate": cfg.drop_rate, "drop_path_rate": cfg.drop_path_rate,
     }  # fmt: skip
+    if facts.get("use_swiglu_ffn"):
+        arguments |= swiglu(facts["hidden_size"], facts["mlp_ratio"])
     try:
         model = VisionTransformer(**(arguments | cfg.args))
     except (AssertionError, TypeError, ValueError) as error:
@@ -59,6 +62,15 @@ def build_dinov2(cfg: TimmModel, *, num_classes: int, image_size: int, in_channe
     if cfg.pretrained:
         load(model, weights(_file(cfg, "model.safetensors")), cfg.name)
     return model
+
+
+def swiglu(width: int, ratio: float) -> dict[str, Any]:
+    """Arguments of timm's transformer whose layers between attentions are gated as in DINOv2's giant (arXiv:2002.05202): two thirds
+    of the hidden channels, rounded up to a multiple of eight, once for the gate and once for the values."""
+    from timm.layers import SwiGLUPacked
+
+    hidden = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8
+    return {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": (2 * hidden + 0.5) / width}  # timm rounds width * ratio down
 
 
 def _file(cfg: TimmModel, name: str) -> Path:
@@ -112,15 +124,15 @@ def load(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
 
 
 def timm_names(state: dict[str, Tensor], *, registers: int) -> dict[str, Tensor]:
-    """The same weights under timm's names: query, key and value in one, and with registers the class token with its position."""
+    """The same weights under timm's names: query, key and value in one, a gate and its values in one, and with registers the class token with its position."""
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         for theirs, ours in RENAMED:
             key = re.sub(theirs, ours, key)
         renamed[key] = value
-    for key in [k for k in renamed if ".attn.query." in k]:
-        parts = [renamed.pop(key.replace("query", part)) for part in ("query", "key", "value")]
-        renamed[key.replace("query", "qkv")] = torch.cat(parts)
+    for parts, packed in ((("query", "key", "value"), "qkv"), (("gate_proj", "up_proj"), "fc1")):
+        for key in [k for k in renamed if f".{parts[0]}." in k]:
+            renamed[key.replace(parts[0], packed)] = torch.cat([renamed.pop(key.replace(parts[0], part)) for part in parts])
     if registers:
         positions = renamed["pos_embed"]
         renamed["cls_token"] = renamed["cls_token"] + positions[:, :1]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trainer.config.names import nearest
+from trainer.dilation import dilate
 from trainer.errors import ConfigError, Problem
 from trainer.pretrained import first_line, load_torchvision, timm_weights_within_reach, torchvision_weights, unreachable
 
@@ -43,7 +44,7 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
     }
     arguments = {name: value for name, value in arguments.items() if value is not None} | cfg.args
     if cfg.conv_stem:
-        arguments |= _stem(cfg.conv_stem, cfg.in_channels or in_channels)
+        arguments |= _stem(cfg.conv_stem, cfg.conv_stem_depth, cfg.in_channels or in_channels)
     if metadata is not None and metadata.fixed_input_size:  # position embeddings, relative positions, windows
         arguments.setdefault("img_size", image_size)
     if cfg.pretrained and metadata is not None and "pretrained_cfg_overlay" not in cfg.args:
@@ -62,12 +63,15 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
     return model
 
 
-def _stem(channels: list[int], in_channels: int) -> dict[str, Any]:
-    """Arguments of timm's vision transformers that put convolutions, each halving the image, before the blocks."""
+def _stem(channels: list[int], depth: int, in_channels: int) -> dict[str, Any]:
+    """Arguments of timm's vision transformers that put convolutions, `depth` for each halving of the image, before the blocks."""
     from timm.layers import ConvNormAct, HybridEmbed
 
-    widths = zip([in_channels, *channels], channels, strict=False)
-    convolutions = nn.Sequential(*(ConvNormAct(before, after, kernel_size=3, stride=2) for before, after in widths))
+    convolutions, before = nn.Sequential(), in_channels
+    for after in channels:
+        for i in range(depth):
+            convolutions.append(ConvNormAct(before, after, kernel_size=3, stride=2 if i == 0 else 1))
+            before = after
     return {"patch_size": 1, "embed_layer": partial(HybridEmbed, backbone=convolutions)}
 
 
@@ -103,6 +107,7 @@ def build_torchvision(cfg: TorchvisionModel, *, num_classes: int, image_size: in
         raise ConfigError(
             Problem("model.patch_size", cfg.patch_size, "torchvision's networks have theirs in their name", "model.patch_size=null")
         )
+    output_stride = arguments.pop("output_stride", None)  # timm's word for it, whose networks take it themselves
     if cfg.name in ("googlenet", "inception_v3"):
         arguments |= {"aux_logits": False, "init_weights": True}  # a second output would be no classifier's
     try:
@@ -114,6 +119,8 @@ def build_torchvision(cfg: TorchvisionModel, *, num_classes: int, image_size: in
         _replace_first_convolution(model, channels)
     if num_classes == 0:
         _replace(model, _names(model, nn.Linear)[-1], nn.Identity())
+    if output_stride is not None:
+        dilate(model, output_stride, name=cfg.name, in_channels=channels)
     if cfg.pretrained:
         load_torchvision(model, torchvision_weights(cfg.name), cfg.name, channels)
     _try_small(model, cfg, in_channels, image_size)

@@ -11,17 +11,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer import models
+from trainer.dilation import PROBE, parts_in_order, probed
 from trainer.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
-
-PROBE = 128  # pixels of the image that is sent through to find where a network halves its maps
 
 
 class Pyramid(nn.Module):
@@ -163,25 +161,14 @@ class TorchvisionPyramid(Pyramid):
 def torchvision_pyramid(cfg: TorchvisionModel, strides: Sequence[int], *, image_size: int, in_channels: int) -> Pyramid:
     """Maps of the asked strides out of any of torchvision's networks that goes from part to part."""
     net = models.build_torchvision(cfg, num_classes=0, image_size=max(image_size, PROBE), in_channels=in_channels)
-    if isinstance(features := getattr(net, "features", None), nn.Sequential):
-        parts: OrderedDict[str, nn.Module] = OrderedDict(features.named_children())
-    elif hasattr(net, "layer4"):
-        parts = OrderedDict((name, part) for name, part in net.named_children() if name not in ("avgpool", "fc"))
-    elif hasattr(net, "trunk_output"):  # RegNet
-        parts = OrderedDict([("stem", cast(nn.Module, net.stem)), *cast(nn.Module, net.trunk_output).named_children()])
-    else:
+    parts = parts_in_order(net)
+    if parts is None:
         reason = "goes from patches to a class without maps in between, or by branches that cannot be followed"
         raise ConfigError(Problem("model.name", cfg.name, reason, "model=timm model.name=<timm's name of it>, or model=resnet50"))
     nhwc = cfg.name.startswith("swin")
-    found: dict[int, tuple[str, int]] = {}  # stride -> last part that has it, channels
-    x = torch.zeros(1, cfg.in_channels or in_channels, PROBE, PROBE)
-    net.eval()
-    with torch.no_grad():
-        for name, part in parts.items():
-            x = part(x)
-            side, channels = (x.shape[1], x.shape[3]) if nhwc else (x.shape[2], x.shape[1])
-            found[PROBE // side] = (name, channels)
-    net.train()
+    # stride -> last part that has it, channels
+    after = zip(parts, probed(parts.values(), cfg.in_channels or in_channels, channels_last=nhwc), strict=True)
+    found = {stride: (name, channels) for name, (stride, channels) in after}
     _places(cfg, strides, dict.fromkeys(found, 0))
     last = list(parts).index(found[strides[-1]][0])
     kept = OrderedDict(list(parts.items())[: last + 1])

@@ -1,4 +1,4 @@
-"""Part discovery as this project computes it, and the same with what it leaves out: the second stage on turned images, hidden tokens."""
+"""Part discovery as this project computes it, and as it was published: the second stage on turned images, hidden tokens, whole blocks."""
 
 from __future__ import annotations
 
@@ -44,23 +44,41 @@ def _through_both_stages(task: Any) -> Callable[..., Tensor]:
     return equivariance
 
 
-def _form(published: bool) -> Any:
-    """The task with hard masks that pass no gradient on, as published, of which 40 % of each image is foreground."""
+FORMS = {  # name: mask_gradient, whether as published
+    "published": ("none", True),  # both stages on all tokens of all images, whole blocks
+    "no gradient": ("none", False),
+    "default": ("straight_through", False),
+}
+
+
+def _form(name: str) -> Any:
+    """The task with hard masks, of which 40 % of each image is foreground."""
+    from timm.models.vision_transformer import Block
+
     from tasks.part_discovery.maps import Mask
 
-    task = _task("dataset.image_size=224", "task.mask_gradient=none", f"task.prune={str(not published).lower()}").train()
+    gradient, published = FORMS[name]
+    prune = "false" if published else "null"
+    task = _task("dataset.image_size=224", f"task.mask_gradient={gradient}", f"task.prune={prune}").train()
     seen = (torch.rand(2, 196, generator=torch.Generator().manual_seed(1)).argsort(1).argsort(1) < 78).float().view(2, 14, 14)
-    task.model.stage_1._mask = lambda logits, keys: Mask(seen, seen)
+
+    def mask(logits: Tensor, keys: Tensor | None) -> Mask:
+        total = logits.softmax(1)[:, :-1].sum(1)
+        return Mask(seen + (total - total.detach()) if gradient == "straight_through" else seen, seen)
+
+    task.model.stage_1._mask = mask
     if published:
         task.equivariance = _through_both_stages(task)
+        for block in task.model.stage_2.backbone.blocks:
+            block.__class__ = type("WholeBlock", (Block,), {})  # of another kind, so it is not taken apart
     return task
 
 
-def step(published: bool) -> Callable[[], float]:
+def step(form: str) -> Callable[[], float]:
     """Seconds of processor time of a step, forward and backward; of one thread, so a busy machine does not count."""
     from trainer.task import Progress
 
-    task, batch = _form(published), _batch(2, 224)
+    task, batch = _form(form), _batch(2, 224)
 
     def measure() -> float:
         started = time.process_time()
@@ -71,14 +89,14 @@ def step(published: bool) -> Callable[[], float]:
     return measure
 
 
-def difference() -> Callable[[], float]:
-    """How far the losses of both forms are apart."""
+def difference(form: str) -> Callable[[], float]:
+    """How far the loss of a form is from the published one's."""
     from trainer.task import Progress
 
     def measure() -> float:
         batch = _batch(2, 224)
         with torch.no_grad():
-            ours, theirs = (_form(published)(batch, Progress(5, 10, 5.0)).loss for published in (False, True))
+            ours, theirs = (_form(name)(batch, Progress(5, 10, 5.0)).loss for name in (form, "published"))
         return float((ours - theirs).abs())
 
     return measure
@@ -107,7 +125,7 @@ def evaluation(prune: bool, whole: bool) -> Callable[[], float]:
 def pictures() -> Callable[[], float]:
     """Seconds that training waits for the picture of 16 images, as a fraction of an epoch of 100 steps of two images."""
     task, batch = _task("dataset.image_size=112").eval(), _batch(16, 112)
-    one_step = step(False)
+    one_step = step("default")
 
     def measure() -> float:
         evaluator = task.evaluator()

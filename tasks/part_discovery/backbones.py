@@ -14,6 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tasks.part_discovery.attention import class_token, divisible
+from trainer.dilation import LastMap, parts_in_order
 from trainer.errors import ConfigError, Problem
 
 
@@ -30,13 +32,38 @@ def vision_transformer(model: nn.Module, name: str, *, class_token: bool) -> Vis
     return model
 
 
-def headless(network: nn.Module) -> nn.Module:
-    """The same network without what comes after its map of features: weights that never learn have no place in it."""
+def headless(network: nn.Module, channels: int) -> nn.Module:
+    """The same network without what comes after its map of features: weights that never learn have no place in it.
+
+    Args:
+        channels: of its images.
+    """
+    if not hasattr(network, "forward_features"):  # torchvision's
+        parts = parts_in_order(network)
+        return network if parts is None else LastMap(parts, channels)
     for name in ("head", "fc", "classifier"):
         if hasattr(network, name):
             setattr(network, name, nn.Identity())
     if isinstance(network, VisionTransformer):
         network.attn_pool = None
+    return network
+
+
+def shortened(network: nn.Module, blocks: int, name: str) -> nn.Module:
+    """The same network with its first `blocks` blocks only. Raises ConfigError where it has no such number of them."""
+    if not isinstance(network, VisionTransformer) or blocks > len(network.blocks):
+        reason = (
+            f"{name} has {len(network.blocks)} blocks"
+            if isinstance(network, VisionTransformer)
+            else f"{name} is none of timm's vision transformers"
+        )
+        raise ConfigError(Problem("task.stage_1_blocks", blocks, reason, "task.stage_1_blocks=null"))
+    network.blocks = network.blocks[:blocks]
+    if blocks == 0:  # nothing would pass between patches and the tokens before them, which would never learn
+        if network.pos_embed is not None and not network.no_embed_class:
+            network.pos_embed = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :].clone())
+        network.cls_token = network.reg_token = None
+        network.num_prefix_tokens, network.num_reg_tokens, network.has_class_token = 0, 0, False
     return network
 
 
@@ -81,22 +108,31 @@ def seen_tokens(network: VisionTransformer, images: Tensor, mask: Tensor, *, bia
     Args:
         mask: [N, h, w], how much each patch is seen.
         bias: None = a patch is seen or not; a number = log(mask + bias) is added to its scores, so that gradients reach it.
-        prune: leave out what no image of the batch sees. The kept tokens attend to the same tokens as before.
+        prune: compute no more than the result needs. Without `bias`, what no image of the batch sees is left out: the kept tokens
+            attend to the same tokens as before. With it, hidden tokens teach the mask and nothing else.
     """
     if not isinstance(network.patch_embed, PatchEmbed):  # convolutions would show what a patch's neighbours hold
         images = images * F.interpolate(mask.unsqueeze(1), size=images.shape[2:], mode="nearest").to(images.dtype)
-    tokens = embed(network, images)
+    tokens, hidden = embed(network, images), None
     prefix = network.num_prefix_tokens
     mask = mask.flatten(1)  # [N, hw]
-    if prune:
-        tokens, mask = pruned(tokens, mask, prefix)
+    in_parts = divisible(network)
+    if prune and (bias is None or in_parts):
+        tokens, mask, rest = seen_first(tokens, mask, prefix)
+        if bias is None:
+            mask = mask[:, : tokens.shape[1] - prefix]
+        else:
+            hidden = rest.detach()
     always = mask.new_ones(len(mask), prefix)
     seen = torch.cat([always, mask], dim=1)[:, None, None]  # [N, 1, 1, prefix + patches], for every head and query
     if bias is None:
-        return run_blocks(network, tokens, seen > 0.5)[:, 0]
-    with torch.autocast(mask.device.type, enabled=False):
-        scores = (seen.float() + bias).log()
-    return run_blocks(network, tokens, scores.to(_score_type(tokens)))[:, 0]
+        scores = seen > 0.5
+    else:
+        with torch.autocast(mask.device.type, enabled=False):
+            scores = (seen.float() + bias).log().to(_score_type(tokens))
+    if in_parts:
+        return class_token(network, tokens, scores, hidden)
+    return run_blocks(network, tokens, scores)[:, 0]
 
 
 def _score_type(tokens: Tensor) -> torch.dtype:
@@ -105,9 +141,11 @@ def _score_type(tokens: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
 
 
-def pruned(tokens: Tensor, mask: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """As many patches as the image that sees most sees, those that are seen first among them, all in their old order."""
+def seen_first(tokens: Tensor, mask: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As many patches as the image that sees most sees, those that are seen first among them; the mask in the new order; the rest.
+    Both shares of the patches stay in their old order."""
     count = int((mask > 0.5).sum(1).max())
-    chosen = mask.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values  # [N, count]
-    kept = tokens[:, prefix:].gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
-    return torch.cat([tokens[:, :prefix], kept], dim=1), mask.gather(1, chosen)
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    order = torch.cat([order[:, :count].sort(dim=1).values, order[:, count:].sort(dim=1).values], dim=1)  # [N, patches]
+    patches = tokens[:, prefix:].gather(1, order.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+    return torch.cat([tokens[:, :prefix], patches[:, :count]], dim=1), mask.gather(1, order), patches[:, count:]

@@ -59,9 +59,18 @@ class PartDiscoveryConfig(LossConfig):
     """Parts found without labels for them, then a transformer that classifies from what the parts show (arXiv:2506.08915)."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "label"})
-    asks: ClassVar[frozenset[str]] = frozenset({"features"})
+
+    @property
+    def asks(self) -> frozenset[str]:  # type: ignore[override]  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The second stage needs tokens; one stage alone is content with a map."""
+        return frozenset({"pyramid"} if self.stages == 1 else {"features"})
 
     num_parts: int = setting(help="parts to find, besides the background", ge=2)
+    stage_1_blocks: int | None = setting(
+        None,
+        "transformer blocks of the first stage's network; null = all, and none after a model.conv_stem: without pretraining blocks teach every place the class, and parts come to say it by where they are",
+        ge=0,
+    )
     stages: int = setting(2, "2: a second network sees the parts alone; 1: the first stage is all there is (arXiv:2407.04538)", ge=1, le=2)
 
     gumbel: bool = setting(True, "Gumbel noise on the part logits in training (arXiv:1611.01144)")
@@ -84,7 +93,7 @@ class PartDiscoveryConfig(LossConfig):
     )
     prune: bool | None = setting(
         None,
-        "leave hidden tokens out, with the same result; null = in evaluation, where masks are hard; true = in training too, where mask_gradient=none",
+        "compute of hidden tokens only what the result needs; null = in evaluation, and in training on a CPU; true = always, though an accelerator is waited for once a step; false = never",
         identity=False,
     )
     drop_path_stage_1: float = setting(0.0, "stochastic depth of the first stage's last block, as a probability", ge=0, lt=1)

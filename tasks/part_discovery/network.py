@@ -133,8 +133,8 @@ class MaskedClassifier(nn.Module):
         """What the head sees, [N, D]."""
         soft = self.cfg.mask_gradient == "soft"
         passes_on = self.training and self.cfg.mask_gradient == "straight_through"
-        # While training only where hidden tokens teach nothing. It costs a look at the mask, for which the host waits.
-        able = not soft and (not self.training or (self.cfg.prune is True and self.cfg.mask_gradient == "none"))
+        # To count what is seen the host waits for the device: always in evaluation, in training where waiting costs nothing.
+        able = not soft and (not self.training or self.cfg.prune is True or images.device.type == "cpu")
         token = seen_tokens(
             self.backbone,  # pyright: ignore[reportArgumentType]  # checked when it was built
             images,

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tasks.part_discovery import groups, losses
-from tasks.part_discovery.backbones import feature_map, feature_width, headless, vision_transformer
+from tasks.part_discovery.backbones import feature_map, feature_width, headless, shortened, vision_transformer
 from tasks.part_discovery.config import PartDiscoveryConfig
 from tasks.part_discovery.evaluation import ComparingScores, PartScores
 from tasks.part_discovery.maps import TURNED_NOISE
@@ -32,7 +32,8 @@ def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDisco
         model = run.model
         if drop_path:
             model = dataclasses.replace(model, drop_path_rate=drop_path)
-        return headless(model.build(num_classes=0, image_size=run.dataset.image_size, in_channels=data.channels))
+        channels = model.in_channels or data.channels
+        return headless(model.build(num_classes=0, image_size=run.dataset.image_size, in_channels=data.channels), channels)
 
     classes, name = len(data.classes), run.model.name
     first = backbone(cfg.drop_path_stage_1)
@@ -41,6 +42,11 @@ def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDisco
         vision_transformer(first, name, class_token=False)
         second = vision_transformer(backbone(cfg.drop_path_stage_2), name, class_token=True)
         stage_2 = MaskedClassifier(second, cfg, classes)
+    blocks = cfg.stage_1_blocks
+    if blocks is None and getattr(run.model, "conv_stem", None):
+        blocks = 0
+    if blocks is not None:
+        first = shortened(first, blocks, name)
     model = TwoStage(PartFinder(first, cfg, classes), stage_2)
     groups.freeze(model, cfg)
     if not isinstance(first, VisionTransformer):

@@ -122,6 +122,19 @@ def test_resuming_ends_in_the_same_bits(tmp_path, monkeypatch):
     assert [p.relative_to(tmp_path / "unbroken" / "previews").as_posix() for p in pictures] == ["step-0000006/parts.png"]
 
 
+def test_resuming_with_a_schedule_of_freezing_ends_in_the_same_bits(tmp_path, monkeypatch):
+    """The first stage's network waits for an epoch. Stopped in the stage in which it is frozen, and in the one in which it is not."""
+    overrides = ["loop.epochs=null", "loop.stages=[{epochs: 1, freeze_to: stage_1.backbone}, {epochs: 1}]", "dataset.num_train=24"]
+    run(tmp_path / "unbroken", *overrides)
+    for step in (1, 4):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(Stopped):
+                run(tmp_path / "broken", *overrides)
+    run(tmp_path / "broken", *overrides)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
 def test_one_rank_and_two_train_alike(tmp_path):
     """Noise and dropout are on: they come from each sample's key. Presence looks at the images of both ranks."""
     overrides = [*TINY, *FEW, "task.gumbel=true", "optimizer=sgd", "optimizer.lr=0.01", "loop.steps=3", "loop.epochs=null"]
@@ -187,6 +200,7 @@ def test_presence_over_ranks_is_presence_over_the_whole_batch(tmp_path):
         (["task.presence_type=sometimes"], "task.presence_type", "one of"),
         (["task.equivariance_zoom=[1.4,0.8]"], "task.equivariance_zoom", "smallest"),
         (["model=torchvision", "model.name=resnet18"], "model", "features"),
+        (["model=small_resnet", "task.stages=1"], "model", "pyramid"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides, key, reason):

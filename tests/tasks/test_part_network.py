@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tasks.part_discovery import groups
+from tasks.part_discovery.attention import divisible
 from tasks.part_discovery.backbones import feature_map
 from tasks.part_discovery.network import Modulation
 from tasks.part_discovery.task import PartDiscovery
@@ -20,7 +22,7 @@ from trainer.task import Batch, Progress
 
 SMALL = ["task=part_discovery", "dataset.image_size=40", "loop.batch_size=4", "dataset.num_train=16", "dataset.num_val=8"]
 TINY = [*SMALL, "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2"]
-STEM = [*SMALL, "model.args.depth=1"]  # the default network, with convolutions before the blocks
+STEM = [*SMALL, "model.args.depth=1", "model.conv_stem=[8,16,24]"]  # as the default network, convolutions before the blocks
 PROGRESS = Progress(5, 10, 5.0)  # when all terms have their weights
 
 
@@ -114,20 +116,34 @@ def test_pruned_tokens_change_nothing(share, base):
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
 
 
-def test_pruning_in_training_changes_neither_loss_nor_gradients():
-    """Where the mask passes nothing on, a hidden token has no part in either."""
+@pytest.mark.parametrize(("gradient", "base"), [("none", TINY), ("straight_through", TINY), ("straight_through", STEM)])
+def test_pruning_in_training_changes_neither_loss_nor_gradients(gradient, base):
+    """Where the mask passes nothing on, a hidden token has no part in either; otherwise it teaches the mask alone, up to the 1e-10
+    that it weighs. Everything is compared with timm's own blocks on all tokens."""
     found = []
-    for prune in ("true", "false"):
-        task = make("task.mask_gradient=none", f"task.prune={prune}").train()
-        widths: list[int] = []
+    for prune in (True, False):
+        task = make(f"task.mask_gradient={gradient}", f"task.prune={str(prune).lower()}", base=base).train()
         assert task.model.stage_2 is not None
-        task.model.get_submodule("stage_2.backbone.norm").register_forward_hook(lambda _, x, y: widths.append(x[0].shape[1]))  # noqa: B023
+        if not prune:
+            cast(Any, task.model.stage_2.backbone).grad_checkpointing = True  # so that timm's own forward passes run
+        widths: list[int] = []
+        task.model.get_submodule("stage_2.backbone.blocks.0.mlp").register_forward_hook(lambda _, x, y: widths.append(x[0].shape[1]))  # noqa: B023
         output = task(batch(), PROGRESS)
         output.loss.backward()
-        found.append((widths[0], output.loss.detach(), {name: p.grad for name, p in task.named_parameters()}))
+        found.append((widths[-1], output.loss.detach(), {name: p.grad for name, p in task.named_parameters()}))
     (fewer, *ours), (all_of_them, *theirs) = found
     assert fewer < all_of_them
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_that_draw_or_are_out_of_the_ordinary_are_run_whole():
+    stage_2 = make("task.drop_path_stage_2=0.5").model.stage_2
+    assert stage_2 is not None
+    network: Any = stage_2.backbone
+    assert divisible(network.eval())
+    assert not divisible(network.train())
+    network.eval().blocks[0].compile()
+    assert not divisible(network)
 
 
 def test_registers_and_class_token_are_prefix_tokens():
@@ -160,6 +176,24 @@ def test_noise_and_dropout_do_not_depend_on_who_shares_the_batch():
     assert whole.mask is not None
     assert half.mask is not None
     assert torch.equal(half.mask.hard, whole.mask.hard[2:])
+
+
+def test_without_blocks_a_place_knows_its_surroundings_only():
+    """As after convolutions by default; with blocks every place knows the whole image."""
+    images = batch()["image"]
+    for blocks, knows in (("null", False), ("0", False), ("1", True)):
+        task = make(f"task.stage_1_blocks={blocks}", base=STEM).eval()
+        moved = images.clone()
+        moved[..., :8, :8] += 1
+        with torch.no_grad():
+            before, after = (feature_map(task.model.stage_1.backbone, x) for x in (images, moved))
+        assert bool((before[..., -1, -1] != after[..., -1, -1]).any()) == knows
+        assert (before[..., 0, 0] != after[..., 0, 0]).any()
+        task.train()(batch(), PROGRESS).loss.backward()
+        assert all(p.grad is not None for p in task.parameters()), "tokens that reach no patch are gone"
+    whole = make().model.stage_1.backbone
+    assert isinstance(whole.blocks, nn.Sequential)
+    assert len(whole.blocks) == 2
 
 
 def test_equivariance_runs_stage_1_alone_on_the_turned_images():
@@ -301,10 +335,13 @@ def test_one_stage_takes_networks_that_are_no_transformers():
         assert feature_map(task.model.stage_1.backbone, data["image"]).shape[2:] == (4, 4)
         task(data, PROGRESS).loss.backward()
         assert all(p.grad is not None for p in task.parameters())
-    finer = make(
-        "task.stages=1", "+model.args.output_stride=16", "dataset.image_size=64", base=[*SMALL, "model=timm", "model.name=test_resnet"]
-    )
-    assert feature_map(finer.model.stage_1.backbone, torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
+    for model, name in (("timm", "test_resnet"), ("torchvision", "resnet18"), ("torchvision", "convnext_tiny")):
+        finer = make(
+            "task.stages=1", "+model.args.output_stride=16", "dataset.image_size=64", base=[*SMALL, f"model={model}", f"model.name={name}"]
+        ).train()
+        assert feature_map(finer.model.stage_1.backbone, torch.zeros(1, 3, 64, 64)).shape[2:] == (4, 4)
+        finer(batch(size=64), PROGRESS).loss.backward()
+        assert all(p.grad is not None for p in finer.parameters()), "nothing of the classifier is left"
 
 
 def test_one_stage_has_the_first_stages_logits():
@@ -336,6 +373,8 @@ def test_the_total_is_the_weighted_sum_of_its_terms():
         (["+model.args.class_token=false", "+model.args.global_pool=avg"], "model.name"),
         (["+model.args.patch_drop_rate=0.5"], "model.args.patch_drop_rate"),
         (["task.stages=1", "model.name=test_resnet", "model.patch_size=null"], "dataset.image_size"),
+        (["task.stage_1_blocks=99"], "task.stage_1_blocks"),
+        (["task.stages=1", "task.stage_1_blocks=1", "model.name=test_resnet", "model.patch_size=null"], "task.stage_1_blocks"),
     ],
 )
 def test_networks_that_will_not_do_are_refused(overrides, key):

@@ -11,17 +11,20 @@ from trainer.config.model import TimmModel
 from trainer.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 7, "mlp_ratio": 2}
 
 
-def theirs(folder: Path, *, registers: bool) -> torch.nn.Module:
+def theirs(folder: Path, *, registers: bool, swiglu: bool = False) -> torch.nn.Module:
     """A small network with random weights everywhere, also where they begin as ones or zeros, saved as transformers saves it."""
     torch.manual_seed(0)
     if registers:
-        model = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3))
+        model = transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**SIZES, num_register_tokens=3, use_swiglu_ffn=swiglu)
+        )
     else:
-        model = transformers.Dinov2Model(transformers.Dinov2Config(**SIZES))
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, use_swiglu_ffn=swiglu))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -29,11 +32,26 @@ def theirs(folder: Path, *, registers: bool) -> torch.nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("registers", [False, True])
-def test_features_are_theirs(registers, tmp_path):
-    expected = theirs(tmp_path, registers=registers)
+@pytest.mark.parametrize(("registers", "swiglu"), [(False, False), (True, False), (False, True), (True, True)])
+def test_features_are_theirs(registers, swiglu, tmp_path):
+    expected = theirs(tmp_path, registers=registers, swiglu=swiglu)
     cfg = TimmModel(name=str(tmp_path), source="huggingface", pretrained=True)
     ours = cfg.build(num_classes=0, image_size=28, in_channels=3).eval()
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.forward_features(images), expected(images).last_hidden_state, atol=1e-5, rtol=1e-4)  # type: ignore[operator]
+
+
+def test_gates_are_read_as_the_hub_stores_them(tmp_path):
+    """Older files, as facebook/dinov2-giant, hold gate and values in one, `weights_in`."""
+    expected = theirs(tmp_path, registers=False, swiglu=True)
+    path = tmp_path / "model.safetensors"
+    state = safetensors.load_file(path)
+    for name in [n for n in state if ".gate_proj." in n]:  # where the library itself still writes `weights_in`, there is nothing to do
+        state[name.replace("gate_proj", "weights_in")] = torch.cat([state.pop(name), state.pop(name.replace("gate_proj", "up_proj"))])
+        state[name.replace("gate_proj", "weights_out")] = state.pop(name.replace("gate_proj", "down_proj"))
+    safetensors.save_file(state, path)
+    ours = TimmModel(name=str(tmp_path), source="huggingface", pretrained=True).build(num_classes=0, image_size=28, in_channels=3).eval()
     images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         torch.testing.assert_close(ours.forward_features(images), expected(images).last_hidden_state, atol=1e-5, rtol=1e-4)  # type: ignore[operator]

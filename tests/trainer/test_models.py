@@ -72,6 +72,14 @@ def test_torchvision_takes_any_size_channels_and_classes(name: str, size: int) -
         assert classes != 0 or out.shape[1] > 64  # features
 
 
+def test_convolutions_in_place_of_patches_halve_the_image_once_for_each_of_their_channels() -> None:
+    for depth in (1, 3):
+        model: Any = build(TimmModel(name="test_vit", conv_stem=[8, 12], conv_stem_depth=depth), size=40, channels=2)
+        convolutions = [m for m in model.patch_embed.backbone.modules() if isinstance(m, nn.Conv2d)]
+        assert [c.out_channels for c in convolutions] == [8] * depth + [12] * depth
+        assert model.patch_embed(torch.zeros(1, 2, 40, 40)).shape[1] == 10 * 10
+
+
 def test_the_config_may_say_the_channels() -> None:
     model: Any = build(TimmModel(name="test_resnet", in_channels=2), channels=3)
     assert output(model, channels=2).shape == (2, 5)

@@ -85,6 +85,9 @@ class TimmModel(ModelConfig):
         "vision transformers: channels of 3 x 3 convolutions of stride 2 in place of the patches, which learn faster from few images (arXiv:2106.14881); null = patches",
         ge=1,
     )
+    conv_stem_depth: int = setting(
+        1, "convolutions for each of conv_stem's channels: the first halves the image, the others keep its size", ge=1
+    )
 
     @property
     def own_patch_size(self) -> int | None:

@@ -97,6 +97,8 @@ class DigitPartsConfig(ComposedConfig):
 
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label", "box", "parts", "mask"})
 
+    num_train: int = setting(8000, "training samples", ge=1)
+
     def build(self, split: str) -> Source:
         from trainer.data.formats.scenes import DigitParts
 
