@@ -294,16 +294,15 @@ def test_a_search_goes_on_when_its_launcher_is_killed(slurm, tmp_path, monkeypat
 
 def test_canary(slurm, sweep):
     manifest = sweep("work 3", "work 0", "work 0", canary=True, canary_steps=20)
-    ids = submit(manifest)
+    bad = sweep("diverge", "work 0", canary=True)
+    ids, others = submit(manifest), submit(bad)
     assert how(manifest)[1:] == ["queued", "queued"]
     assert [slurm.comes(job, "COMPLETED") for job in ids] == ["COMPLETED"] * 3
     began = [float((path(manifest, n) / light.RAN).read_text()) for n in range(3)]
     assert min(began[1:]) > began[0]
-    bad = sweep("diverge", "work 0", canary=True)
-    ids = submit(bad)
-    slurm.comes(ids[0], "FAILED")
+    slurm.comes(others[0], "FAILED")
     slurm.until(lambda: how(bad) == ["failed", "held"], "the rest held")
-    slurm.until(lambda: cluster.words(ids).get(ids[1]) in ("CANCELLED", cluster.GONE), "the rest cancelled")
+    slurm.until(lambda: cluster.words(others).get(others[1]) in ("CANCELLED", cluster.GONE), "the rest cancelled")
 
 
 def test_cancel(slurm, sweep):
