@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
 
 import tasks  # noqa: F401  (registers the schemas)
 
 # The same examples every time and no deadline: a shared machine pauses for longer than any sensible one.
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
 settings.load_profile("steady")
+
+
+class OneWorkerForSlurm(LoadScopeScheduling):
+    """A module's tests stay together; and all of tests/slurm, which share a cluster that some of them take nodes away from."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return OneWorkerForSlurm(config, log)
+
 
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -34,7 +34,7 @@ TORCH_FREE = (
     "trainer.log", "trainer.validation", "trainer.launch.door", "trainer.launch.dispatch", "trainer.launch.help", "trainer.data.config",
     "trainer.data.source", "trainer.data.order", "trainer.data.index", "trainer.__main__", "trainer.sweep.manifest",
     "trainer.sweep.status", "trainer.sweep.report", "trainer.sweep.diff", "trainer.sweep.reproduce", "trainer.sweep.sync",
-    "trainer.launch.evaluate", "trainer.launch.predict", "trainer.launch.export", "trainer.launch.extend", "trainer.launch.clean",
+    "trainer.launch.search", "trainer.launch.search_plan", "trainer.launch.evaluate", "trainer.launch.predict", "trainer.launch.export", "trainer.launch.extend", "trainer.launch.clean",
 )  # fmt: skip
 """What is imported before a run starts: composing, checking and submitting 500 jobs must not wait for torch."""
 

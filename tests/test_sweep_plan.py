@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.launch import plan
+from trainer.errors import ConfigError
+from trainer.launch import jobs, multirun, plan
 from trainer.launch.compose import compose_run
 from trainer.rundir import RunDirectory, run_directory
 from trainer.sweep.estimate import History
@@ -64,3 +65,52 @@ def test_nothing_is_known(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert plan.main(["seed=2,3", *SMALL]) == 0
     assert "2 cannot be estimated: no finished run like it in runs/" in capsys.readouterr().out
+
+
+def test_a_probe_where_nothing_is_known(tmp_path, monkeypatch, capsys):
+    """Jobs of one kind are tried out once, and nothing is left of it."""
+    monkeypatch.chdir(tmp_path)
+    probes = []
+    started = plan.subprocess.run
+    monkeypatch.setattr(plan.subprocess, "run", lambda *arguments, **more: probes.append(1) or started(*arguments, **more))
+    assert plan.main(["seed=2,3", *SMALL, "--probe=3"]) == 0
+    said = capsys.readouterr().out
+    assert "from a short probe on this host" in said
+    assert "cannot be estimated" not in said
+    assert len(probes) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--probe=many", "--probe=0", "--budget=-1"])
+def test_bad_options(option):
+    with pytest.raises(ConfigError, match=f"{option}: is a number of"):
+        plan.main(["seed=2,3", *SMALL, option])
+
+
+def test_a_search(finished, capsys):
+    line = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "optimizer.lr=interval(0.1,0.2)", "seed=1,2", *SMALL]
+    assert plan.main([*line, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["hours"] for row in rows] == [pytest.approx(200 / 3600)] * 12  # on one rank
+    assert plan.main([*line, "--budget=0.1"]) == 2
+    assert "a search of 6 trials over optimizer.lr=interval(0.1,0.2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("terminal", "answer", "starts"), [(False, "", False), (True, "n", False), (True, "y", True)])
+def test_a_sweep_above_its_budget_asks(finished, monkeypatch, terminal, answer, starts):
+    asked = []
+    monkeypatch.setattr("sys.stdin.isatty", lambda: terminal)
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or answer)
+    monkeypatch.setattr(multirun, "drive", lambda manifest, jobs: 0)
+    made = jobs.plan(["seed=2,3", *SMALL, "hydra.launcher.budget=0.01"])
+    assert made is not None
+    if starts:
+        assert multirun.start_sweep(made, []) == 0
+    else:
+        with pytest.raises(ConfigError, match=r"the budget is 0\.01\n.*try: hydra\.launcher\.budget=1"):
+            multirun.start_sweep(made, [])
+    assert len(asked) == terminal
+    assert bool(list(Path("runs").glob("*/sweeps"))) == starts
+    enough = jobs.plan(["seed=2,3", *SMALL, "hydra.launcher.budget=2"])
+    assert enough is not None
+    assert multirun.start_sweep(enough, []) == 0

@@ -70,6 +70,12 @@ class Stopped(TrainyardError):
     exit_code = 75
 
 
+class Pruned(Stopped):
+    """A search has ended this run, at a step boundary with a checkpoint: what it has shown is enough. That is no failure."""
+
+    exit_code = 0
+
+
 class Interrupted(TrainyardError):
     """Ctrl-C: stopped like `Stopped`, by a person."""
 

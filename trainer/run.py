@@ -20,10 +20,10 @@ from trainer.config.plain import to_plain
 from trainer.distributed import World, open_world
 from trainer.engine import Engine, Periods
 from trainer.environment import changes, write_environment
-from trainer.errors import ConfigError, Interrupted, Problem, TrainyardError
+from trainer.errors import ConfigError, Interrupted, Problem, Pruned, TrainyardError
 from trainer.feeds import close, describe, loaders
 from trainer.lock import Busy
-from trainer.log import Display, Journal, open_display, open_journal, open_log, show_facts, show_result
+from trainer.log import Display, Journal, ending, open_display, open_journal, open_log, show_facts, show_result
 from trainer.recorder import Recorder
 from trainer.rundir import RunDirectory, run_directory
 from trainer.signals import StopSignals, stop_error
@@ -155,8 +155,11 @@ def open_stage(stage: Stage, world: World, accumulate: int | None = None) -> tup
 def stopped(reason: int, directory: RunDirectory, world: World) -> TrainyardError:
     """The error that a run ends with which the ranks have agreed to stop."""
     error = stop_error(reason, directory.path)
+    pruned = world.broadcast(directory.asked_to_prune() if world.is_main else None)
+    if pruned is not None and not isinstance(error, Interrupted):
+        error = Pruned(pruned)
     if world.is_main:  # said before the sinks are closed, which may take seconds that a preempted job does not have
-        directory.status("interrupted" if isinstance(error, Interrupted) else "preempted", reason=str(error))
+        directory.status(ending(error), reason=str(error))
     return error
 
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.run import Resume, RunConfig
-from trainer.errors import ConfigError, Interrupted, Problem, Stopped, StorageError
+from trainer.errors import ConfigError, Interrupted, Problem, Pruned, Stopped, StorageError
 from trainer.files import storage_error, write_atomically
 from trainer.identity import differences, identity
 from trainer.lock import Busy, Heart, Holder, Lock, busy_problem, job_id, live_holder
 
 __all__ = ["RESULT_KEYS", "STATES", "RunDirectory", "identity", "run_directory", "write_atomically"]
 
-STATES = ("queued", "running", "completed", "failed", "preempted", "interrupted", "cancelled")
+STATES = ("queued", "running", "completed", "failed", "preempted", "interrupted", "cancelled", "pruned")
 RESULT_KEYS = ("metric", "mode", "best", "last", "history", "steps", "samples", "seconds", "images_per_second", "parameters")
 _UNKNOWN = {"state": "queued", "step": 0, "total_steps": None, "heartbeat": None, "host": None, "pid": None, "job_id": None, "reason": None}
 
@@ -72,6 +72,7 @@ class RunDirectory:
         self.status_path = self.path / "status.json"
         self.result_path = self.path / "result.json"
         self.extensions_path = self.path / "extended.json"
+        self.prune_path = self.path / "prune.json"
         self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
@@ -117,6 +118,7 @@ class RunDirectory:
         self.create()
         lock = Lock(self.path)
         lock.acquire()
+        self.prune_path.unlink(missing_ok=True)  # was meant for a process that is gone; a search will ask again
         self._status = _UNKNOWN | self.read_status() | {"state": "running", "reason": None} | _whereabouts()
         self._heart = Heart(lambda: self._beat(lock))
         try:
@@ -155,11 +157,21 @@ class RunDirectory:
         if isinstance(error, Interrupted | KeyboardInterrupt):
             state = "interrupted"
         elif isinstance(error, Stopped):
-            state = "preempted"
+            state = "pruned" if isinstance(error, Pruned) else "preempted"
         try:
             self.status(state, reason=f"{type(error).__name__}: {error}".splitlines()[0][:500])
         except StorageError as second:
             log.debug("could not record %r: %s", error, second)
+
+    # What a search asks for
+
+    def ask_to_prune(self, reason: str) -> None:
+        """Let the process that runs here, when it is told to stop, end for good and say `reason`."""
+        write_atomically(self.prune_path, _json({"reason": reason}))
+
+    def asked_to_prune(self) -> str | None:
+        """The reason; None where nobody has asked."""
+        return (_read_json(self.prune_path) or {}).get("reason")
 
     # What is written
 

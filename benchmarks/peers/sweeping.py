@@ -35,7 +35,8 @@ def sweep(count: int, slots: int, runs: str) -> list[tuple[float, float]]:
     from trainer.launch.jobs import plan
     from trainer.launch.multirun import write_down
     from trainer.sweep.manifest import driving
-    from trainer.sweep.pool import Pool, Slot
+    from trainer.sweep.pool import Pool
+    from trainer.sweep.slots import Slot
 
     planned = plan([f"seed=range(0,{count})", f"runs_dir={runs}"])
     assert planned is not None

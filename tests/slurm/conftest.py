@@ -9,11 +9,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+LARGEST_ARRAY = 6  # jobs: smaller than some of the sweeps
 SANDBOX = Path(__file__).with_name("sandbox.sh")
 NEEDED = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "sbatch")
 
@@ -52,7 +54,8 @@ class Slurm:
 
 
 def sandbox(verb: str, folder: Path, port: int, **more: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"SLURM_SANDBOX": str(folder), "SLURM_PORT": str(port), "SLURM_KILLWAIT": "3", "SLURM_GRACE": "2"} | more
+    settings = {"SLURM_KILLWAIT": "3", "SLURM_GRACE": "2", "SLURM_MAXARRAY": str(LARGEST_ARRAY + 1)}
+    environment = os.environ | {"SLURM_SANDBOX": str(folder), "SLURM_PORT": str(port)} | settings | more
     return subprocess.run(["bash", str(SANDBOX), verb], env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -71,17 +74,25 @@ def free_ports() -> int:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """One for all tests of this folder, which one worker runs (`tests/conftest.py`)."""
+    with started(tmp_path_factory.mktemp("slurm") / "sandbox") as one:
+        yield one
+
+
+@contextmanager
+def started(folder: Path, **more: str) -> Iterator[Slurm]:
+    """A SLURM that commands of this process and of its children talk to."""
     missing = [name for name in NEEDED if shutil.which(name, path=f"/usr/sbin:/sbin:{os.environ['PATH']}") is None]
     if missing:
         pytest.skip(f"no SLURM to test with ({', '.join(missing)} missing): as root on Debian, bash tests/slurm/sandbox.sh install")
-    folder = tmp_path_factory.mktemp("slurm") / "sandbox"
     port = free_ports()
-    done = sandbox("up", folder, port)
+    done = sandbox("up", folder, port, **more)
     if done.returncode:
         sandbox("down", folder, port)
         pytest.skip(f"the sandbox's SLURM does not start here: {done.stderr[-500:]}")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    yield Slurm(folder)
-    patch.undo()
-    sandbox("down", folder, port)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            yield Slurm(folder)
+    finally:
+        sandbox("down", folder, port)

@@ -18,9 +18,11 @@ alive(){ [ -s "$ROOT/run/$1.pid" ] && kill -0 "$(cat "$ROOT/run/$1.pid")" 2>/dev
 down(){ # newest first; only pids recorded by us
   [ -d "$ROOT/run" ] || { say "nothing to stop"; return 0; }
   [ -s "$ROOT/slurm.conf" ] && alive slurmctld && SLURM_CONF=$ROOT/slurm.conf timeout 10 scancel --full --signal=KILL --user="$(id -un)" 2>/dev/null || true
-  local n p; for n in $(cd "$ROOT/run"; ls -- *.pid 2>/dev/null | sed 's/\.pid$//' | sort -r); do
-    alive "$n" || continue; p=$(cat "$ROOT/run/$n.pid"); kill -TERM "$p" 2>/dev/null || true
-    for _ in $(seq 50); do kill -0 "$p" 2>/dev/null || break; sleep 0.1; done; kill -KILL "$p" 2>/dev/null || true
+  local n p pids=(); for n in $(cd "$ROOT/run"; ls -- *.pid 2>/dev/null | sed 's/\.pid$//' | sort -r); do
+    alive "$n" || continue; p=$(cat "$ROOT/run/$n.pid"); pids+=("$p"); kill -TERM "$p" 2>/dev/null || true
+  done # all at once: nothing that they would still write is kept
+  for p in "${pids[@]}"; do
+    for _ in $(seq 20); do kill -0 "$p" 2>/dev/null || break; sleep 0.1; done; kill -KILL "$p" 2>/dev/null || true
   done; rm -rf -- "$ROOT"; say "down"; }
 
 missing(){ local need=(); command -v munged >/dev/null || need+=(munge); command -v slurmctld >/dev/null || need+=(slurmctld slurm-client)
@@ -113,6 +115,7 @@ OverTimeLimit=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+MaxArraySize=${SLURM_MAXARRAY:-1001}
 SlurmdParameters=config_overrides
 $acct
 ${lines}PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=${SLURM_GRACE:-5} PreemptMode=REQUEUE

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.slurm import light_job
-from tests.trainer.sweep import light
+from tests.slurm.conftest import LARGEST_ARRAY, started
+from tests.trainer.sweep import light, light_search
 from trainer.config.launcher import SlurmLauncherConfig
 from trainer.errors import ConfigError, Problem
-from trainer.launch.multirun import plain
-from trainer.sweep import cluster, verbs
+from trainer.launch.jobs import plan
+from trainer.launch.multirun import plain, start_sweep
+from trainer.sweep import cluster, snapshot, verbs
 from trainer.sweep import slurm as ours
+from trainer.sweep import watch as watching
+from trainer.sweep.drive import CODE
 from trainer.sweep.manifest import Job, Manifest, driving, new_directory, states
 from trainer.sweep.watch import watch
 
@@ -24,18 +32,21 @@ SCRIPT = Path(light_job.__file__)
 
 @pytest.fixture(autouse=True)
 def _light_jobs(monkeypatch):
-    """Jobs that train nothing start in a fraction of a second."""
+    """Jobs that train nothing start in a fraction of a second, and what becomes of them is asked as often."""
+    monkeypatch.setattr(watching, "_ASKING_SLURM", 1.0)
     written = ours.script
     monkeypatch.setattr(ours, "script", lambda *a, **k: written(*a, **k).replace("-m trainer start", str(SCRIPT)))
 
 
 @pytest.fixture
 def sweep(tmp_path: Path):
-    def make(*scripts: str, **settings) -> Manifest:
+    def make(*scripts: str, resources: Sequence[dict[str, Any]] = (), **settings) -> Manifest:
         path = new_directory(tmp_path / "runs" / "digits" / "sweeps")
         launcher = plain(SlurmLauncherConfig(**settings))
         manifest = Manifest(path, path.name, "digits", "", [], "slurm", [], settings=launcher, cwd=str(tmp_path))
-        manifest.jobs = [Job(n, [f"seed={n}"], {}, n, f"runs/digits/s{n}-00000000") for n in range(len(scripts))]
+        manifest.jobs = [Job(n, [f"seed={n}"], {}, n, f"runs/digits/{path.name}/s{n}-00000000") for n in range(len(scripts))]
+        for job, own in zip(manifest.jobs, resources, strict=False):
+            job.resources = own
         for job, script in zip(manifest.jobs, scripts, strict=True):
             manifest.directory(job).create()
             manifest.directory(job).config_path.write_text("")
@@ -170,21 +181,128 @@ def test_a_launcher_killed_after_sbatch_queues_nothing_twice(slurm, sweep, capsy
     assert [runs(manifest, n) for n in range(3)] == [1, 1, 1]
 
 
+def _submit_and_die(manifest: Manifest, after: int) -> None:
+    """Queue the jobs, and be killed after so many files were written, or as sbatch has answered."""
+    count, replace = 0, os.replace
+
+    def counting(*arguments, **more):
+        nonlocal count
+        replace(*arguments, **more)
+        count += 1
+        if count == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counting
+    submit(manifest)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_launcher_killed_between_any_two_writes_queues_everything_once(slurm, sweep, capsys):
+    sweeps = []
+    for after in range(1, 9):
+        manifest = sweep("work 0", "work 0", resources=[{}, {"timeout_min": 5}])  # two arrays
+        process = multiprocessing.get_context("fork").Process(target=_submit_and_die, args=(manifest, after))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        verbs.resume([str(manifest.path)])
+        sweeps.append(Manifest.load(manifest.path))
+    for manifest in sweeps:
+        slurm.until(lambda manifest=manifest: how(manifest) == ["completed"] * 2, "both done")
+        assert [runs(manifest, n) for n in range(2)] == [1, 1]
+
+
+def test_more_jobs_than_an_array_may_have(slurm, sweep):
+    manifest = sweep(*["work 0"] * (LARGEST_ARRAY + 2))
+    assert cluster.largest_array() == LARGEST_ARRAY
+    arrays = [job.split("_")[0] for job in submit(manifest)]
+    assert sorted(Counter(arrays).values()) == [2, LARGEST_ARRAY]
+    slurm.until(lambda: how(manifest) == ["completed"] * len(arrays), "all done")
+    assert [runs(manifest, n) for n in range(len(arrays))] == [1] * len(arrays)
+
+
+def test_a_node_fails(slurm, sweep):
+    """SLURM queues the job again, and it goes on elsewhere; the others do not notice."""
+    manifest = sweep("work 60", "work 60")
+    for job in manifest.jobs:
+        job.resources = {"exclude": f"n{2 - job.index}"}  # the first on n1, the second on n2
+    first, second = submit(manifest)
+    slurm.until(lambda: runs(manifest) and runs(manifest, 1), "both running")
+    for index in range(2):
+        (path(manifest, index) / light.SCRIPT).write_text("work 0")
+    slurm("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    try:
+        slurm.until(lambda: how(manifest)[0] in ("queued", "preempted"), "the first queued again")
+        slurm("scontrol", "update", f"jobid={first}", "excnodelist=")
+        slurm.at_once(first, path(manifest))
+        slurm.comes(first, "COMPLETED")
+    finally:
+        slurm("scontrol", "update", "nodename=n1", "state=resume")
+    assert (path(manifest) / "rank0").read_text().split()[:2] == ["n2", "1"]
+    assert (runs(manifest), runs(manifest, 1)) == (2, 1)
+    slurm("scancel", second)
+    slurm.until(lambda: how(manifest) == ["completed", "cancelled"], "the second cancelled")
+
+
+def test_jobs_run_the_code_as_it_was(slurm, sweep):
+    manifest = sweep("work 0", code="snapshot")
+    snapshot.take(manifest.path / CODE)
+    (job,) = submit(manifest)
+    slurm.comes(job, "COMPLETED")
+    assert Path((path(manifest) / "code").read_text()).is_relative_to(manifest.path / CODE)
+
+
+def test_without_accounting(tmp_path, sweep):
+    """Nothing knows what became of a job that is gone; nobody waits for it to be known."""
+    with started(tmp_path / "sandbox", SLURM_ACCT="none") as slurm:
+        manifest = sweep("work 0", "crash", "work 60", "work 60")
+        ids = submit(manifest)
+        slurm.until(lambda: runs(manifest, 2) and runs(manifest, 3), "the last ones running")
+        slurm("scancel", ids[2])
+        verbs.cancel([str(manifest.path), "3"])
+        assert watch(Manifest.load(manifest.path)) == 1
+        assert how(manifest) == ["completed", "failed", "interrupted", "cancelled"]
+
+
+def test_a_search_goes_on_when_its_launcher_is_killed(slurm, tmp_path, monkeypatch):
+    """Trials as they come, those that are not worth it ended for good, and none started twice."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(light_search.SLOW, "1.5")
+    line = ["model=timm", "model.name=test_vit2", "dataset.image_size=16", "hydra/sweeper=optuna", "optimizer.lr=choice(1e-2,2e-2,3e-2,4e-2,1e-8)",
+            "hydra.sweeper.n_trials=5", "hydra.sweeper.n_jobs=2", "hydra.sweeper.pruner=median", "hydra/launcher=slurm",
+            "hydra.launcher.wait=true", "name=found"]  # fmt: skip
+
+    def go() -> None:
+        made = plan(line)
+        assert made is not None
+        start_sweep(made, ["launch.py", *line])
+
+    process = multiprocessing.get_context("fork").Process(target=go)
+    process.start()
+    slurm.until(lambda: list(Path("runs/found").glob(f"*/{light.RAN}")), "the first trial running")
+    process.kill()
+    process.join()
+    (home,) = Path("runs/found/sweeps").iterdir()
+    assert verbs.resume([str(home), "--wait"]) == 0
+    manifest = Manifest.load(home)
+    found = dict(zip([job.overrides[0] for job in manifest.jobs], how(manifest), strict=True))
+    assert found == {f"optimizer.lr={rate}": "completed" for rate in ("0.01", "0.02", "0.03", "0.04")} | {"optimizer.lr=1e-08": "pruned"}
+    assert [runs(manifest, n) for n in range(5)] == [1] * 5
+    bad = manifest.jobs[[job.overrides[0] for job in manifest.jobs].index("optimizer.lr=1e-08")]
+    slurm.comes(str(bad.job_id), "COMPLETED")  # and is not queued again
+
+
 def test_canary(slurm, sweep):
     manifest = sweep("work 3", "work 0", "work 0", canary=True, canary_steps=20)
-    ids = submit(manifest)
+    bad = sweep("diverge", "work 0", canary=True)
+    ids, others = submit(manifest), submit(bad)
     assert how(manifest)[1:] == ["queued", "queued"]
     assert [slurm.comes(job, "COMPLETED") for job in ids] == ["COMPLETED"] * 3
     began = [float((path(manifest, n) / light.RAN).read_text()) for n in range(3)]
     assert min(began[1:]) > began[0]
-    bad = sweep("diverge", "work 0", canary=True)
-    for job in bad.jobs:  # the same directories: nothing is finished there
-        bad.directory(job).result_path.unlink()
-        bad.directory(job).status("queued", reason=None)
-    ids = submit(bad)
-    slurm.comes(ids[0], "FAILED")
+    slurm.comes(others[0], "FAILED")
     slurm.until(lambda: how(bad) == ["failed", "held"], "the rest held")
-    slurm.until(lambda: cluster.words(ids).get(ids[1]) in ("CANCELLED", cluster.GONE), "the rest cancelled")
+    slurm.until(lambda: cluster.words(others).get(others[1]) in ("CANCELLED", cluster.GONE), "the rest cancelled")
 
 
 def test_cancel(slurm, sweep):
@@ -214,6 +332,24 @@ def test_asking_for_what_is_not_there(slurm, settings, key, way_out):
     assert (problem.key, problem.fix) == (key, way_out)
     with pytest.raises(ConfigError):
         ours.check(SlurmLauncherConfig(), [settings])  # by a rule
+
+
+def test_the_same_sweep_while_it_waits_in_the_queue(slurm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["model=timm", "model.name=test_vit2", "dataset.image_size=16", "name=twice", "hydra/launcher=slurm"]
+
+    def go(*seeds: str) -> int:
+        made = plan([*line, f"seed={','.join(seeds)}", "hydra.launcher.additional_parameters={hold: true}"])
+        assert made is not None
+        return start_sweep(made, [])
+
+    assert go("1", "2") == 0
+    with pytest.raises(ConfigError, match=r"job 1 \(seed=2\).*is queued by .*runs/twice/sweeps"):
+        go("3", "2")
+    (path,) = Path("runs/twice/sweeps").iterdir()  # nothing was written
+    assert verbs.cancel([str(path)]) == 0
+    assert go("3", "2") == 0
+    assert verbs.cancel([str(max(Path("runs/twice/sweeps").iterdir()))]) == 0
 
 
 def test_what_sbatch_refuses_is_told_in_its_words(slurm, sweep):

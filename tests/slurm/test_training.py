@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.command import SHORT, SLOWLY
 from tests.processes import finish, logs, start_ranks
+from tests.wandb_stub_server import StubServer
 from trainer.launch.jobs import plan
 from trainer.launch.multirun import start_sweep
 from trainer.rundir import RunDirectory
@@ -54,29 +56,62 @@ def unbroken(tmp_path: Path, *overrides: str) -> str:
     return weights(directory)
 
 
-def test_a_run_on_two_nodes_is_queued_again_and_ends_in_the_same_weights(slurm, environment, tmp_path, monkeypatch):
-    manifest = queue(tmp_path, "seed=5")
+@pytest.fixture
+def wandb(monkeypatch) -> Iterator[StubServer]:
+    """A stand-in for W&B's server that the jobs log to."""
+    with StubServer() as server:
+        for name, value in {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def in_wandb(server: StubServer, manifest: Manifest, directory: RunDirectory) -> list[int]:
+    """The optimizer steps that W&B has of a run, as they came. There is one run for it, in the sweep's group."""
+    (run_id,) = {(directory.path / "wandb" / "run_id.txt").read_text().strip()}
+    known = server.runs[run_id]
+    assert (known["groupName"], known["jobType"]) == (manifest.sweep, "classification")
+    return [row["trainer/step"] for row in server.history[run_id] if "train/loss" in row]
+
+
+def test_a_run_on_two_nodes_is_queued_again_and_ends_in_the_same_weights(slurm, environment, wandb, tmp_path, monkeypatch):
+    """Told to stop it saves; when a node fails it cannot. In W&B it is one run, with every step once."""
+    manifest = queue(tmp_path, "seed=5", "logger=wandb", "loop.epochs=6")
     (job,) = manifest.jobs
     directory = manifest.directory(job)
     slurm.until(lambda: steps(directory) >= 2, "two steps", 300)
     slurm("scancel", "--signal=USR2", str(job.job_id))
     slurm.until(lambda: directory.read_status()["state"] == "preempted", "a checkpoint", 120)
     stopped = directory.read_status()["step"]
-    assert 2 <= stopped < 9
+    assert 2 <= stopped < 14
+    slurm.at_once(str(job.job_id), directory.path)
+    slurm.until(lambda: steps(directory) >= stopped + 2, "two more steps", 300)
+    slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    slurm.until(lambda: "PENDING" in slurm("squeue", "-h", "-r", "-o", "%T", "-j", str(job.job_id)), "queued again")
+    slurm("scontrol", "update", "nodename=n2", "state=resume")
     slurm.at_once(str(job.job_id), directory.path)
     slurm.comes(str(job.job_id), "COMPLETED", "FAILED", seconds=300)
     assert states(manifest)[0].state == "completed"
     environment_json = directory.read_environment()
     assert environment_json["ranks"] == 2
-    assert environment_json["variables"]["SLURM_RESTART_COUNT"] == "1"
+    assert environment_json["variables"]["SLURM_RESTART_COUNT"] == "2"
+    assert len(wandb.runs) == 1
+    assert in_wandb(wandb, manifest, directory) == list(range(1, 19))
     monkeypatch.delenv("TRAINYARD_CHECKPOINT_FAULT")
-    assert weights(directory.path) == unbroken(tmp_path, "seed=5")
+    assert weights(directory.path) == unbroken(tmp_path, "seed=5", "loop.epochs=6")
 
 
 @pytest.mark.slow
-def test_two_arms_of_three_seeds_with_everything_that_happens(slurm, environment, tmp_path, monkeypatch):
+def test_two_arms_of_three_seeds_with_everything_that_happens(slurm, environment, wandb, tmp_path, monkeypatch):
     """An array of six jobs of two nodes each: an urgent job takes the nodes, SLURM requeues, a signal, a rank killed, a job cancelled."""
-    manifest = queue(tmp_path, "seed=42,195,335", "optimizer.lr=1e-3,3e-4", "hydra.launcher.array_parallelism=2", LONGER)
+    manifest = queue(
+        tmp_path,
+        "seed=42,195,335",
+        "optimizer.lr=1e-3,3e-4",
+        "hydra.launcher.array_parallelism=2",
+        LONGER,
+        "logger=wandb",
+        "logger.plots=false",
+    )
     jobs = manifest.jobs
     of = [manifest.directory(job) for job in jobs]
 
@@ -104,6 +139,9 @@ def test_two_arms_of_three_seeds_with_everything_that_happens(slurm, environment
     assert [state.state for state in found] == ["completed"] * 4 + ["failed", "cancelled"]
     assert "killed" in (found[4].reason or "")
     monkeypatch.delenv("TRAINYARD_CHECKPOINT_FAULT")
+    assert len(wandb.runs) == 6
+    for directory in of[:4]:
+        assert in_wandb(wandb, manifest, directory) == list(range(1, 31))
     for job, directory in list(zip(jobs, of, strict=True))[:4]:
         assert weights(directory.path) == unbroken(tmp_path, *job.overrides, LONGER)
 

@@ -29,6 +29,11 @@ class LauncherConfig:
         False, "run the first job alone, for canary_steps; the others start if it gets that far, and are held if it fails"
     )
     canary_steps: int = setting(20, "optimizer steps the first job must pass", ge=1)
+    budget: float | None = setting(
+        None,
+        "GPU hours; a sweep that will take more, by finished runs like it, asks before it starts, or does not where nobody can answer",
+        gt=0,
+    )
     code: Code = setting(Code.live, "live: jobs run the working tree as it is when they start; snapshot: as it is now")
 
     def problems(self) -> Iterator[Problem]:

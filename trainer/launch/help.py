@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from trainer.config import RunConfig
 from trainer.config.fields import allowed, as_override, field_problems, type_in_words
 from trainer.config.launcher import LauncherConfig
+from trainer.config.sweeper import OptunaSweeperConfig
 from trainer.errors import ConfigError
 from trainer.launch.compose import Composed, choices, hydra_loader
 from trainer.launch.diagnose import with_fix
@@ -26,7 +27,7 @@ python launch.py [group=choice ...] [key=value ...]
 
 One run: its groups are chosen by name, its settings set by key; the command line wins over YAML.
 --cfg job shows the composed config, -m key=1,2,3 starts a job for each value, here or on
-SLURM (--help hydra/launcher=slurm); more: --hydra-help.
+SLURM (--help hydra/launcher=slurm), or a search (--help hydra/sweeper=optuna); more: --hydra-help.
 Completion: eval "$(python launch.py -sc install=bash)". What is not training: python -m trainer."""
 
 
@@ -43,8 +44,9 @@ def explain(composed: Composed, width: int = 100, *, bold: bool = False) -> str:
         raise ConfigError(*(with_fix(p, composed.before) for p in problems))
     page = _Page(width, bold, origins(composed), composed, displaced)
     lines = [USAGE, "", *page.groups(), *page.settings(run)]
-    if any(line.startswith("hydra/launcher=") for line in composed.lines):
-        lines += page.launcher()
+    for part in ("launcher", "sweeper"):
+        if any(line.startswith(f"hydra/{part}=") for line in composed.lines):
+            lines += page.hydras(part)
     return "\n".join(lines)
 
 
@@ -87,13 +89,13 @@ class _Page:
             yield from self._wrapped(_doc(type(part)) or _doc(hints[f.name]))
             yield from self._fields(part, f.name)
 
-    def launcher(self) -> Iterator[str]:
-        """The settings of a launcher of ours; Hydra's own explain themselves in --hydra-help."""
-        settings = to_object(self.composed.hydra.launcher)
-        if isinstance(settings, LauncherConfig):
-            yield "\n" + self._strong(f"hydra/launcher={self.composed.hydra.runtime.choices['hydra/launcher']}")
+    def hydras(self, part: str) -> Iterator[str]:
+        """The settings of a launcher, or a sweeper, of ours; Hydra's own explain themselves in --hydra-help."""
+        settings = to_object(self.composed.hydra[part])
+        if isinstance(settings, LauncherConfig | OptunaSweeperConfig):
+            yield "\n" + self._strong(f"hydra/{part}={self.composed.hydra.runtime.choices[f'hydra/{part}']}")
             yield from self._wrapped(_doc(type(settings)))
-            yield from self._fields(settings, "hydra.launcher")
+            yield from self._fields(settings, f"hydra.{part}")
 
     def _fields(self, config: Any, at: str) -> Iterator[str]:
         hints = get_type_hints(type(config))

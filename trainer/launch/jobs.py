@@ -6,10 +6,10 @@ Hydra would compose every job by itself, twice. Here it composes once for each s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trainer.config import RunConfig
 from trainer.config.launcher import LAUNCHERS, LauncherConfig, SlurmLauncherConfig
+from trainer.config.sweeper import SWEEPERS, OptunaSweeperConfig
 from trainer.errors import ConfigError, Problem
 from trainer.launch.axes import expand, is_sweep, key_of
 from trainer.launch.compose import Composed, Composer, apply_to, checked, parse_line
@@ -30,6 +31,7 @@ from trainer.rundir import run_directory
 from trainer.surroundings import as_if
 
 MOST_PROBLEMS = 20  # of a sweep; more would bury the first ones
+Settings = TypeVar("Settings", LauncherConfig, OptunaSweeperConfig)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Plan:
     settings: LauncherConfig
     run: RunConfig  # what the command line asks for without its sweeps: names the sweep's directory
     warnings: list[str]
+    search: dict[str, Any] = field(default_factory=dict)  # of a sweep that chooses its jobs as it goes on, instead of jobs
 
 
 def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None:
@@ -65,17 +68,18 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
     """
     with Composer(config_dir) as composer:
         own, lines = _partition(overrides)
-        lines, rows = drawn(lines, OverridesParser.create(config_loader=composer.loader))
-        first = composer.compose([line for line in lines if not is_sweep(line)])
-        chosen = first.hydra.runtime.choices
-        if chosen["hydra/launcher"] not in LAUNCHERS or chosen["hydra/sweeper"] != "basic":
+        first = composer.compose([line for line in lines if not is_sweep(line) and not key_of(line).startswith("sweep.")])
+        launcher, sweeper = (str(first.hydra.runtime.choices[f"hydra/{part}"]) for part in ("launcher", "sweeper"))
+        if sweeper in SWEEPERS:
+            from trainer.launch.search_plan import planned_search
+
+            return planned_search(first, own, lines, composer, config_dir)
+        if launcher not in LAUNCHERS or sweeper != "basic":
             return None
-        _refuse_hydras(lines)
-        launcher, settings, problems = _launcher(first, own, composer)
-        params = OmegaConf.to_container(first.hydra.sweeper.params or OmegaConf.create({})) if "params" in first.hydra.sweeper else {}
-        assert isinstance(params, dict)
-        given = {key_of(line) for line in lines}
-        base, swept = expand([*(f"{key}={value}" for key, value in params.items() if key not in given), *lines], composer)
+        refuse_hydras([*lines, *(line for line in own if not key_of(line).startswith("hydra.launcher."))])
+        lines, rows = drawn(lines, OverridesParser.create(config_loader=composer.loader))
+        settings, problems = settings_of("launcher", LAUNCHERS, first, own, composer)
+        base, swept = expand([*swept_in_yaml(first, lines), *lines], composer)
         swept = [[*row, *job] for row in rows for job in swept]
         jobs, found = checked_jobs(composer, base, swept, settings)
         problems += found
@@ -87,12 +91,21 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
 
 
 def _partition(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`hydra.launcher.*`, which is checked here; and everything else."""
-    own = [line for line in overrides if line.lstrip("+~").startswith("hydra.launcher.")]
+    """`hydra.launcher.*` and `hydra.sweeper.*`, which are checked here; and everything else."""
+    ours = ("hydra.launcher.", "hydra.sweeper.")
+    own = [line for line in overrides if key_of(line).startswith(ours) and not key_of(line).startswith("hydra.sweeper.params")]
     return own, [line for line in overrides if line not in own]
 
 
-def _refuse_hydras(lines: Sequence[str]) -> None:
+def swept_in_yaml(first: Composed, lines: Sequence[str]) -> list[str]:
+    """What `hydra.sweeper.params` sweeps, where the command line does not say something else."""
+    params = OmegaConf.to_container(first.hydra.sweeper.params or OmegaConf.create({})) if "params" in first.hydra.sweeper else {}
+    assert isinstance(params, dict)
+    given = {key_of(line) for line in lines}
+    return [f"{key}={value}" for key, value in params.items() if key not in given]
+
+
+def refuse_hydras(lines: Sequence[str]) -> None:
     """What Hydra does for its own launchers and would be ignored here without a word."""
     theirs = [line for line in lines if line.lstrip("+~").startswith(("hydra.", "hydra/"))]
     ours = ("hydra/launcher", "hydra/sweeper", "hydra.searchpath", "hydra.sweeper.params", "hydra.mode")
@@ -102,25 +115,29 @@ def _refuse_hydras(lines: Sequence[str]) -> None:
         raise ConfigError(*(Problem(key_of(o), o.partition("=")[2], reason, f"hydra/launcher=basic {o}") for o in others))
 
 
-def _launcher(first: Composed, own: Sequence[str], composer: Composer) -> tuple[str, LauncherConfig, list[Problem]]:
-    """The launcher that was chosen, with its settings."""
-    name = str(first.hydra.runtime.choices["hydra/launcher"])
-    node = OmegaConf.create({"hydra": {"launcher": None}})
-    node.hydra.launcher = first.hydra.launcher
+def settings_of(
+    part: str, kinds: Mapping[str, type[Settings]], first: Composed, own: Sequence[str], composer: Composer
+) -> tuple[Settings, list[Problem]]:
+    """The settings of the launcher, or of the sweeper, that was chosen."""
+    name = str(first.hydra.runtime.choices[f"hydra/{part}"])
+    node = OmegaConf.create({"hydra": {part: None}})
+    node.hydra[part] = first.hydra[part]
     composed = Composed(node, first.hydra)
     problems = []
     for line in own:
+        if not line.lstrip("+~").startswith(f"hydra.{part}."):
+            continue
         try:
             apply_to(composed, parse_line(line), composer.loader)
         except HydraException as error:
             problems.append(Problem(line.partition("=")[0], line.partition("=")[2], str(error).splitlines()[0]))
     problems += [dataclasses.replace(p, fix=p.fix or _example(p.key)) for p in composed.problems]
     try:
-        settings = to_object(node.hydra.launcher)
+        settings = to_object(node.hydra[part])
     except OmegaConfBaseException as error:
-        raise ConfigError(*problems, Problem("hydra.launcher", name, str(error).splitlines()[0])) from error
-    assert isinstance(settings, LAUNCHERS[name])
-    return name, settings, [*problems, *settings.problems()]
+        raise ConfigError(*problems, Problem(f"hydra.{part}", name, str(error).splitlines()[0])) from error
+    assert isinstance(settings, kinds[name])
+    return settings, [*problems, *settings.problems()]
 
 
 def _example(key: str) -> str:
@@ -136,7 +153,7 @@ def checked_jobs(
     """The jobs with these lines of their own, and what is wrong with them."""
     jobs: list[Planned] = []
     found: dict[tuple[str, str, str], tuple[Problem, list[int]]] = {}
-    workshop = _Workshop(composer, base, settings)
+    workshop = Workshop(composer, base, settings)
     for index, own in enumerate(swept):
         job, problems = workshop.made(own)
         for problem in problems:
@@ -148,7 +165,7 @@ def checked_jobs(
     return jobs, [_located(problem, indices, swept) for problem, indices in found.values()]
 
 
-class _Workshop:
+class Workshop:
     """Makes jobs, the quick way where it can."""
 
     def __init__(self, composer: Composer, base: list[str], settings: LauncherConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -33,9 +34,27 @@ def start_sweep(plan: Plan, argv: Sequence[str]) -> int:
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     _refuse_what_runs(plan)
+    _keep_to_the_budget(plan)
     manifest = write_down(plan, argv)
     print(f"sweep {manifest.path}", flush=True)
     return drive(manifest, [job for job in manifest.jobs if job.state != "completed"])
+
+
+def _keep_to_the_budget(plan: Plan) -> None:
+    """Ask before a sweep that will take more GPU hours than `hydra.launcher.budget`; where nobody can answer, refuse it."""
+    budget = plan.settings.budget
+    if budget is None:
+        return
+    from trainer.launch.plan import hours_of, rows_of
+    from trainer.sweep.estimate import History
+
+    hours = hours_of(rows_of(plan, History()))
+    if hours is None or hours <= budget:
+        return
+    told = f"about {hours:.1f} GPU hours, and the budget is {budget:g}"
+    if sys.stdin.isatty() and input(f"{told}; start all the same? [y/N] ").strip().lower() in ("y", "yes"):
+        return
+    raise ConfigError(Problem("hydra.launcher.budget", budget, told, f"hydra.launcher.budget={math.ceil(hours)}"))
 
 
 def write_down(plan: Plan, argv: Sequence[str]) -> Manifest:
@@ -44,8 +63,9 @@ def write_down(plan: Plan, argv: Sequence[str]) -> Manifest:
     path = new_directory(Path(plan.run.runs_dir) / name / "sweeps")
     created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     manifest = Manifest(
-        path, path.name, name, created, list(argv), plan.launcher, plan.base, settings=plain(plan.settings), cwd=os.getcwd()
-    )
+        path, path.name, name, created, list(argv), plan.launcher, plan.base, settings=plain(plan.settings), search=plan.search,
+        cwd=os.getcwd(),
+    )  # fmt: skip
     if manifest.settings["code"] == "snapshot":
         from trainer.sweep.snapshot import take
 

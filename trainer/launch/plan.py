@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from trainer.config import LoggerConfig, Progressing, Resume
 from trainer.config.launcher import SlurmLauncherConfig
 from trainer.errors import ConfigError, Problem
 from trainer.launch.jobs import Plan, Planned, plan, ranks_of
 from trainer.rundir import RunDirectory, run_directory
 from trainer.surroundings import as_if, num_ranks
-from trainer.sweep.estimate import Cost, History
+from trainer.sweep.drive import ROOT, python_path
+from trainer.sweep.estimate import Cost, History, total_steps
+from trainer.sweep.outcome import last_words
 
+PROBE_STEPS = 20
 _MOST_ROWS = 40  # of a table for people
 
 
@@ -29,13 +38,17 @@ class Row:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the plan of a command line. With `--json`, for programs; with `--budget=HOURS`, 2 where it would cost more."""
-    budget = _option(argv, "--budget")
+    """Print the plan of a command line. With `--json`, for programs; with `--budget=HOURS`, 2 where it would cost more; with
+    `--probe`, jobs unlike any finished run are tried out for a few steps."""
+    budget, steps = _option(argv, "--budget", "hours"), _option(argv, "--probe", "optimizer steps")
     overrides = [word for word in argv if not word.startswith("--") and word != "-m"]
     planned = plan(overrides)
     if planned is None:
         raise ConfigError(Problem("hydra/launcher", "", "only sweeps of our own launchers can be planned", "hydra/launcher=local"))
-    rows = rows_of(planned)
+    history = History()
+    if steps is not None or "--probe" in argv:
+        probe(planned, history, round(steps or PROBE_STEPS))
+    rows = rows_of(planned, history)
     if "--json" in argv:
         print(json.dumps([_as_json(row) for row in rows], indent=1))
     else:
@@ -47,19 +60,50 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _option(argv: Sequence[str], name: str) -> float | None:
+def _option(argv: Sequence[str], name: str, unit: str) -> float | None:
     text = next((word.partition("=")[2] for word in argv if word.startswith(name + "=")), None)
     try:
-        return None if text is None else float(text)
+        if text is None or float(text) > 0:
+            return None if text is None else float(text)
     except ValueError:
-        raise ConfigError(Problem(name, text, "is a number of hours", f"{name}=100")) from None
+        pass
+    raise ConfigError(Problem(name, text, f"is a number of {unit}, > 0", f"{name}=100"))
 
 
-def rows_of(planned: Plan) -> list[Row]:
+def probe(planned: Plan, history: History, steps: int) -> None:
+    """Run one job of each kind that nothing is known of, for a few steps, in a folder that is thrown away."""
+    for job in expected(planned):
+        if job.run.loop.stages or total_steps(job.run) is None or history.cost(job.run, 1).hours is not None:
+            continue  # stages have a speed each
+        with tempfile.TemporaryDirectory() as folder:
+            loop = dataclasses.replace(
+                job.run.loop, steps=steps, epochs=None, validate_every=None, max_validation_batches=1, progress=Progressing.none
+            )
+            short = dataclasses.replace(job.run, runs_dir=folder, loop=loop, logger=LoggerConfig(plots=False), resume=Resume.auto)
+            directory = RunDirectory(run_directory(short))
+            directory.write_config(short)
+            command, log = [sys.executable, "-P", "-m", "trainer", "start", str(directory)], Path(folder) / "log"
+            with log.open("wb") as out:
+                code = subprocess.run(command, env=os.environ | python_path(ROOT), stdout=out, stderr=out, check=False).returncode
+            if code:
+                raise ConfigError(Problem("--probe", str(job), f"the probe ended with exit code {code}: {last_words(log)}"))
+            history.probed(job.run, directory.path)
+
+
+def expected(planned: Plan) -> list[Planned]:
+    """The jobs; of a search, which does not know them yet, as many as it may start, each with the settings that all share."""
+    if not planned.search:
+        return planned.jobs
+    count = planned.search["n_trials"] * len(planned.search["repeats"])
+    return [Planned([], {}, planned.run, {})] * count
+
+
+def rows_of(planned: Plan, history: History) -> list[Row]:
     """Every job with its state and its cost."""
-    history, rows = History(), []
-    for index, job in enumerate(planned.jobs):
-        state = RunDirectory(run_directory(job.run)).read_status().get("state", "new") if job.run.resume.name != "never" else "new"
+    rows = []
+    for index, job in enumerate(expected(planned)):
+        known = not planned.search and job.run.resume is not Resume.never
+        state = RunDirectory(run_directory(job.run)).read_status().get("state", "new") if known else "new"
         with as_if(ranks_of(planned.settings, job.resources)):
             ranks = num_ranks(job.run.distributed)
         rows.append(Row(index, job, state, ranks, history.cost(job.run, ranks)))
@@ -74,7 +118,12 @@ def hours_of(rows: Sequence[Row]) -> float | None:
 
 def table(planned: Plan, rows: Sequence[Row]) -> str:
     """For people."""
-    lines = [f"{len(rows)} jobs, hydra/launcher={planned.launcher}; common to all: {' '.join(planned.base) or 'nothing'}", ""]
+    common = f"hydra/launcher={planned.launcher}; common to all: {' '.join(planned.base) or 'nothing'}"
+    if planned.search:
+        return "\n".join(
+            [f"a search of {planned.search['n_trials']} trials over {' '.join(planned.search['space'])}, {common}", "", *_sums(rows)]
+        )
+    lines = [f"{len(rows)} jobs, {common}", ""]
     width = max([len(str(row.job)) for row in rows[:_MOST_ROWS]] + [9])
     lines.append(f"{'job':>4}  {'overrides':{width}}  {'state':10}  {'ranks':>5}  {'hours':>8}  {'GPU hours':>9}  {'disk':>8}")
     for row in rows[:_MOST_ROWS]:
@@ -89,9 +138,14 @@ def table(planned: Plan, rows: Sequence[Row]) -> str:
         )  # fmt: skip
     if len(rows) > _MOST_ROWS:
         lines.append(f"      and {len(rows) - _MOST_ROWS} more")
+    return "\n".join([*lines, "", *_sums(rows)])
+
+
+def _sums(rows: Sequence[Row]) -> list[str]:
+    """What all that is left takes."""
     left = [row for row in rows if row.state != "completed"]
     unknown = [row for row in left if row.cost.hours is None]
-    lines += ["", f"{len(left)} to run, {len(rows) - len(left)} finished already"]
+    lines = [f"{len(left)} to run, {len(rows) - len(left)} finished already"]
     if (total := hours_of(rows)) is not None:
         disk = sum(row.cost.disk or 0 for row in left)
         lines.append(
@@ -99,9 +153,9 @@ def table(planned: Plan, rows: Sequence[Row]) -> str:
         )
     if unknown:
         lines.append(
-            f"{len(unknown)} cannot be estimated: {unknown[0].cost.source} in {unknown[0].job.run.runs_dir}/{unknown[0].job.run.name}"
+            f"{len(unknown)} cannot be estimated: {unknown[0].cost.source} in {unknown[0].job.run.runs_dir}/{unknown[0].job.run.name}; --probe tries them out"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _is_too_long(planned: Plan, row: Row) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.logger import WandbMode
 from trainer.config.run import RunConfig
-from trainer.errors import Interrupted, Stopped
+from trainer.errors import Interrupted, Pruned, Stopped
 from trainer.log.gallery import Gallery
 from trainer.log.plots import Plotter
 from trainer.log.record import Record, rows_after
@@ -246,7 +246,9 @@ def ending(error: BaseException | None) -> str:
         return "completed"
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return "interrupted"
-    return "preempted" if isinstance(error, Stopped) else "failed"
+    if isinstance(error, Stopped):
+        return "pruned" if isinstance(error, Pruned) else "preempted"
+    return "failed"
 
 
 _second, _stamp = 0, ""

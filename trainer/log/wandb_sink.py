@@ -30,7 +30,12 @@ logger = logging.getLogger(__name__)
 # The axis of every chart. W&B's own step only rises, by one a row; a resumed run goes back to its checkpoint. `wandb sync`
 # joins the files of an offline run's starts in the same way.
 STEP = "global_step"
-EXIT_CODES = {"completed": 0, "preempted": 75, "interrupted": 130}  # as the process ends with; W&B shows others than 0 as failed
+EXIT_CODES = {
+    "completed": 0,
+    "pruned": 0,
+    "preempted": 75,
+    "interrupted": 130,
+}  # as the process ends with; W&B shows others than 0 as failed
 LONGEST_ALERT = 1000  # characters
 UNSENT = Path("wandb", "unsent")  # is there where a server did not take all of an online start
 SENT = Path("wandb", "sent.txt")  # the starts whose rows a later start has brought to the server

@@ -25,7 +25,7 @@ _PATIENCE = 120.0  # seconds to wait for a controller that is being restarted
 def main(argv: list[str]) -> int:
     directory, code, max_requeues = RunDirectory(argv[0]), int(argv[1]), int(argv[2])
     status = directory.read_status()
-    if directory.is_finished():
+    if directory.is_finished() or status.get("state") == "pruned":
         return 0
     if status.get("state") == "failed":  # with a reason of its own
         return code or 1

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.errors import Interrupted, Stopped
 from trainer.sweep.manifest import Job, Manifest, counts, driving, states
-from trainer.sweep.pool import Pool, Slot, slots_for
+from trainer.sweep.pool import Pool
+from trainer.sweep.slots import Slot, slots_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = "code"  # in a sweep's directory: the working tree as it was
@@ -22,6 +24,8 @@ def drive(manifest: Manifest, jobs: Sequence[Job], *, wait: bool | None = None) 
         ConfigError: another launcher drives this sweep.
     """
     wait = manifest.settings.get("wait", True) if wait is None else wait
+    if manifest.search:
+        return _search(manifest, jobs) if wait else _detach(manifest)
     if manifest.launcher == "slurm":
         from trainer.sweep.slurm import submit
         from trainer.sweep.watch import watch
@@ -35,14 +39,30 @@ def drive(manifest: Manifest, jobs: Sequence[Job], *, wait: bool | None = None) 
         settings = manifest.settings
         slots = slots_for(settings, len(jobs))
         print(f"{len(jobs)} jobs, {len(slots)} at a time{_share(slots[0])}", flush=True)
-        pool = Pool(
-            manifest,
-            slots,
-            code=code_of(manifest),
-            canary_steps=settings.get("canary_steps", 20) if settings.get("canary") else 0,
-            say=_say,
-        )
-        code = pool.run(jobs)
+        canary_steps = settings.get("canary_steps", 20) if settings.get("canary") else 0
+        code = Pool(manifest, slots, code=code_of(manifest), canary_steps=canary_steps, say=_say).run(jobs)
+    print(summary(manifest))
+    return code
+
+
+def _search(manifest: Manifest, jobs: Sequence[Job]) -> int:
+    """Run these jobs, and go on with those that the search chooses."""
+    from trainer.launch.search import searching  # composes runs, which nothing else here has to
+
+    with driving(manifest.path):
+        each, wanted = len(manifest.search["repeats"]), manifest.search["n_jobs"]
+        slots = slots_for(manifest.settings, each * (wanted or manifest.search["n_trials"]))
+        with searching(manifest, None if manifest.launcher == "slurm" else -(-len(slots) // each)) as search:
+            if manifest.launcher == "slurm":
+                from trainer.sweep.watch import follow
+
+                code = follow(manifest, jobs, search)
+            else:
+                print(f"{manifest.search['n_trials']} trials, {len(slots)} jobs at a time{_share(slots[0])}", flush=True)
+                code = Pool(manifest, slots, code=code_of(manifest), say=_say, source=search).run(jobs)
+            if code not in (Stopped.exit_code, Interrupted.exit_code):
+                code, told = search.verdict()
+                print(told)
     print(summary(manifest))
     return code
 
@@ -84,7 +104,9 @@ def summary(manifest: Manifest) -> str:
     """How a sweep stands, in a line, and what to do next."""
     found = states(manifest)
     told = ", ".join(f"{n} {state}" for state, n in counts(found).items())
-    left = [s for s in found if s.state not in ("completed", "failed", "held", "cancelled")]
+    left = [s for s in found if s.state not in ("completed", "pruned", "failed", "held", "cancelled")]
     failed = [s for s in found if s.state == "failed"]
-    ways = [f"python -m trainer resume {manifest.path}"] * bool(left) + [f"python -m trainer retry {manifest.path}"] * bool(failed)
+    ways = [f"python -m trainer resume {manifest.path}"] * bool(left or manifest.trials_left) + [
+        f"python -m trainer retry {manifest.path}"
+    ] * bool(failed)
     return f"{told}; {' or '.join(ways) if ways else manifest.path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ class History:
 
     def __init__(self) -> None:
         self._by_name: dict[Path, list[Speed]] = {}
+        self._probes: list[Speed] = []
+
+    def probed(self, run: RunConfig, directory: Path) -> None:
+        """Take a short run as a measure for those like `run`, of which none is finished. `directory` is the short one's."""
+        (speed,) = _speeds(directory.parent)
+        self._probes.append(dataclasses.replace(speed, run=run))
 
     def cost(self, run: RunConfig, ranks: int) -> Cost:
         """What `run` will take on so many ranks."""
@@ -52,14 +59,16 @@ class History:
         if (steps := total_steps(run)) is not None:
             images = steps * run.loop.batch_size
         alike = [speed for speed in self._of(Path(run.runs_dir) / run.name) if _is_alike(speed.run, run)]
-        same = [speed for speed in alike if speed.ranks == ranks] or alike
+        probes = [speed for speed in self._probes if _is_alike(speed.run, run)] if not alike else []
+        same = [speed for speed in alike if speed.ranks == ranks] or alike or probes
         if not same or images is None:
             return Cost(images, None, None, None, "no finished run like it" if images is not None else "the length is not known yet")
         rate = statistics.median(speed.images_per_second / speed.ranks for speed in same) * ranks
         hours = images / rate / 3600
         exact = "" if same[0].ranks == ranks else f", from {same[0].ranks} ranks"
         disk = round(statistics.median(speed.disk for speed in same))
-        return Cost(images, hours, hours * ranks, disk, f"{len(same)} finished run{'s' if len(same) > 1 else ''} like it{exact}")
+        what = "a short probe on this host" if probes else f"{len(same)} finished run{'s' if len(same) > 1 else ''} like it"
+        return Cost(images, hours, hours * ranks, disk, what + exact)
 
     def _of(self, folder: Path) -> list[Speed]:
         if folder not in self._by_name:

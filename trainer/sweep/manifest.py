@@ -19,11 +19,11 @@ from trainer.errors import ConfigError, Problem
 from trainer.files import storage_error, write_atomically
 from trainer.lock import Busy, Heart, Lock, live_holder
 from trainer.rundir import RunDirectory
-from trainer.sweep.cluster import in_our_words
+from trainer.sweep.cluster import GONE, in_our_words
 
 VERSION = 1
 FILE = "manifest.json"
-STATES = ("queued", "running", "completed", "failed", "preempted", "interrupted", "cancelled", "held")
+STATES = ("queued", "running", "completed", "failed", "preempted", "interrupted", "pruned", "cancelled", "held")
 OPEN = ("queued", "running", "preempted")  # may still go on without anybody's help; the other states are final
 LEFT = ("queued", "preempted", "interrupted")  # what `resume` starts again, where nothing runs
 _GONE = "its process is gone"
@@ -76,6 +76,7 @@ class Manifest:
     base: list[str]  # overrides common to all jobs
     jobs: list[Job] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)  # the launcher's own, so that `resume` starts the rest alike
+    search: dict[str, Any] = field(default_factory=dict)  # of a sweep that chooses its jobs as it goes on: how
     cwd: str = ""  # the folder that relative paths in configs count from
     version: int = VERSION
 
@@ -107,7 +108,7 @@ class Manifest:
         """Replace the file in one step: a reader sees the old manifest or the new one, never half of it. What a power cut may
         take back, as the run directories know it too, need not be `durable`."""
         content = {key: value for key, value in asdict(self).items() if key != "path"}
-        order = ["version", "sweep", "name", "created", "cwd", "argv", "launcher", "settings", "base", "jobs"]
+        order = ["version", "sweep", "name", "created", "cwd", "argv", "launcher", "settings", "search", "base", "jobs"]
         write_atomically(
             self.path / FILE, json.dumps({key: content[key] for key in order}, indent=1, ensure_ascii=False) + "\n", durable=durable
         )
@@ -116,6 +117,13 @@ class Manifest:
     def root(self) -> Path:
         """The folder that holds runs_dir: what relative run directories count from. It moves with the runs."""
         return self.path.absolute().parents[2 + len(Path(self.name).parts)]
+
+    @property
+    def trials_left(self) -> int:
+        """How many trials a search has still to start; 0 of a sweep whose jobs are all known."""
+        if not self.search:
+            return 0
+        return max(0, int(self.search["n_trials"]) - len(self.jobs) // len(self.search["repeats"]))
 
     def directory(self, job: Job) -> RunDirectory:
         return RunDirectory(self.root / job.directory)
@@ -135,6 +143,9 @@ def _problems(content: Any, path: Path) -> Iterable[Problem]:
     for key in ("sweep", "name", "created", "launcher"):
         if not isinstance(content.get(key), str):
             yield Problem("sweep", path, f"{key} must be text", _MEND)
+    search = content.get("search") or {}
+    if search and not (isinstance(search, dict) and isinstance(search.get("n_trials"), int) and search.get("repeats")):
+        yield Problem("sweep", path, "search must be a mapping with n_trials and repeats", _MEND)
     for key in ("argv", "base"):
         if not _is_texts(content.get(key)):
             yield Problem("sweep", path, f"{key} must be a list of texts", _MEND)
@@ -250,6 +261,8 @@ def state_of(job: Job, directory: RunDirectory, cluster: Mapping[str, str] | Non
         return State("queued" if job.state in ("running", "completed") else job.state, job.reason or status.get("reason"), **numbers)
     if at_slurm == "cancelled" and said in ("preempted", "interrupted"):  # stopped in good order, by scancel
         return State("cancelled", status.get("reason"), **numbers)
+    if said == "preempted" and word == GONE and job.state != "cancelled":  # nobody can say why; it does not go on by itself
+        return State("interrupted", "it has left SLURM's queue", **numbers)
     if job.state in ("held", "cancelled") and said in ("failed", "interrupted", "preempted"):
         return State(job.state, job.reason or status.get("reason"), **numbers)
     return State(str(said), status.get("reason"), **numbers)

@@ -20,6 +20,8 @@ def explain_end(directory: RunDirectory, code: int, log: Path, *, cancelled: boo
     said, reason = status.get("state"), status.get("reason")
     if code == 0 and directory.is_finished():
         return "completed", None
+    if said == "pruned":
+        return said, reason
     if cancelled:
         directory.status("cancelled", reason="cancelled")
         return "cancelled", "cancelled"

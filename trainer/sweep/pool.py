@@ -15,33 +15,22 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from trainer.errors import Interrupted, Stopped, TrainyardError
-from trainer.sweep.manifest import Job, Manifest, State, state_of
+from trainer.sweep.manifest import Job, Manifest, State
 from trainer.sweep.outcome import describe, explain_end, has_passed
+from trainer.sweep.slots import Slot
+from trainer.sweep.source import Source
 
-CANCEL = "cancel.json"  # in a sweep's directory: indices of jobs that somebody wants stopped
+CANCEL = "cancel.json"  # in a sweep's directory: indices of jobs that somebody wants stopped; null: and no new ones
 _GRACE = 60.0  # seconds a job has to save and end once it was told to
 _ASKING = 0.5  # seconds between two looks for requests and at the canary
 _ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """What one job may use."""
-
-    cores: tuple[int, ...] = ()  # () = all there are
-    gpus: tuple[str, ...] | None = None  # as CUDA_VISIBLE_DEVICES names them; None = not restricted
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
 
 
 @dataclass
@@ -67,8 +56,11 @@ class Pool:
         code: Path = _ROOT,
         say: Callable[[str], None] = print,
         server: Sequence[str] = ("-m", "trainer.sweep.server"),
+        source: Source | None = None,
     ) -> None:
-        """`code`: the folder whose code jobs run; `server`: Python's arguments that start the process which forks them."""
+        """`code`: the folder whose code jobs run; `server`: Python's arguments that start the process which forks them; `source`:
+        where further jobs come from."""
+        self.source = source
         self.manifest, self.slots, self.code, self.say, self.server = manifest, deque(slots), code, say, server
         self.canary_steps = canary_steps  # 0: no canary
         self.queue: deque[Job] = deque()
@@ -83,12 +75,8 @@ class Pool:
         """The exit code: 0 if every job is completed, else that of the first that is not."""
         logs = self.manifest.path / "logs"
         logs.mkdir(exist_ok=True)
-        for job in jobs:
-            if self.manifest.directory(job).is_finished():
-                self._note(job, "completed", None)
-                self.say(f"{self._name(job)} is finished already")
-            else:
-                self.queue.append(job)
+        self._line_up(jobs)
+        self._feed()
         self.manifest.save()
         if self.queue:
             self._canary = self.queue[0] if self.canary_steps and len(self.queue) > 1 else None
@@ -98,11 +86,25 @@ class Pool:
             return Interrupted.exit_code if signal.SIGINT in self.signals else Stopped.exit_code
         return next((code for _, code in sorted(self.codes.items()) if code), 0)
 
+    def _line_up(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if self.manifest.directory(job).is_finished():
+                self._note(job, "completed", None)
+                self.say(f"{self._name(job)} is finished already")
+            else:
+                self.queue.append(job)
+
+    def _feed(self) -> None:
+        """Ask for further jobs where there is room for one."""
+        while self.source and self.slots and not self.queue and not self.signals and (jobs := self.source.more()):
+            self._line_up(jobs)
+
     def _loop(self, line: socket.socket) -> None:
         waiting = selectors.DefaultSelector()
         waiting.register(line, selectors.EVENT_READ)
         asked = 0.0
         while True:
+            self._feed()
             self._fill(line)
             if not self.running and not (self.queue and not self.signals):
                 return
@@ -209,18 +211,20 @@ class Pool:
             self.say(f"{self._name(self._canary)} has passed {self.canary_steps} steps; the others start")
             self._canary = None
         self._cancel()
+        for job in self.source.unwanted() if self.source else ():
+            if job.index in self.running:
+                self._send(self.running[job.index], signal.SIGTERM)
         if self._stopped_at is not None and time.monotonic() - self._stopped_at > _GRACE:
             for running in self.running.values():
                 self._kill(running)
 
     def _cancel(self) -> None:
         """Stop what `python -m trainer cancel` has asked for."""
-        request = self.manifest.path / CANCEL
-        try:
-            wanted = set(json.loads(request.read_text()))
-            request.unlink()
-        except (OSError, ValueError):
+        wanted = requested(self.manifest.path)
+        if wanted is None:
             return
+        if None in wanted:
+            self.source = None
         for job in [job for job in self.queue if job.index in wanted]:
             self.queue.remove(job)
             self._note(job, "cancelled", "cancelled before it started")
@@ -266,32 +270,11 @@ class Pool:
         return f"[{job.index}] {job}"
 
 
-def slots_for(settings: Mapping[str, Any], num_jobs: int) -> list[Slot]:
-    """Divide this host: sets of GPUs where there are any, else shares of its cores."""
-    from trainer.surroundings import usable_cores, visible_gpus
-
-    names = _gpu_names(visible_gpus())
-    per_job = settings.get("gpus_per_job")
-    per_job = (1 if names else 0) if per_job is None else per_job
-    cores_each = settings.get("cores_per_job")
-    by_cores = max(1, usable_cores() // (cores_each or (1 if per_job else 2)))
-    count = settings.get("slots") or (len(names) // per_job if per_job else by_cores)
-    count = max(1, min(count, num_jobs))
-    cpus = sorted(os.sched_getaffinity(0))
-    share = cores_each or max(1, usable_cores() // count)
-    slots = []
-    for n in range(count):
-        mine = tuple(cpus[n * share : (n + 1) * share]) if count > 1 or cores_each else ()
-        gpus = tuple(names[n * per_job : (n + 1) * per_job]) if per_job else () if names else None
-        slots.append(Slot(mine if len(mine) == share else (), gpus))
-    return slots
-
-
-def _gpu_names(count: int) -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[:count] if visible else [str(n) for n in range(count)]
-
-
-def is_over(manifest: Manifest) -> bool:
-    """Whether no job of a sweep is going to change by itself."""
-    return all(state_of(job, manifest.directory(job)).is_final for job in manifest.jobs)
+def requested(sweep: Path) -> set[int | None] | None:
+    """What `python -m trainer cancel` has asked the launcher of a sweep for, once; None where it has not."""
+    try:
+        wanted = set(json.loads((sweep / CANCEL).read_text()))
+        (sweep / CANCEL).unlink()
+    except (OSError, ValueError):
+        return None
+    return wanted

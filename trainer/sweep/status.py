@@ -24,9 +24,20 @@ from trainer.sweep.manifest import OPEN
 from trainer.sweep.manifest import STATES as ORDER
 
 REFRESH = 2.0  # seconds between two looks
-ATTENTION = ("failed", "running", "preempted", "interrupted", "missing", "held", "cancelled", "queued", "completed")  # what is shown first
+ATTENTION = (
+    "failed",
+    "running",
+    "preempted",
+    "interrupted",
+    "missing",
+    "held",
+    "cancelled",
+    "queued",
+    "pruned",
+    "completed",
+)  # what is shown first
 _URGENCY = {state: place for place, state in enumerate(ATTENTION)}
-COLOURS = {"completed": "32", "running": "34", "failed": "31", "missing": "31", "held": "31", "preempted": "33", "interrupted": "33", "cancelled": "33"}  # fmt: skip
+COLOURS = {"completed": "32", "running": "34", "failed": "31", "missing": "31", "held": "31", "preempted": "33", "interrupted": "33", "cancelled": "33", "pruned": "36"}  # fmt: skip
 BAR = 14  # characters
 
 

@@ -67,15 +67,16 @@ def cancel(argv: Sequence[str]) -> int:
     manifest = Manifest.load(args.directory)
     found = states(manifest, _at_slurm(manifest))
     wanted = [j for j, s in zip(manifest.jobs, found, strict=True) if not s.is_final and (not args.jobs or j.index in args.jobs)]
-    if not wanted:
+    if not wanted and not (manifest.trials_left and live_holder(manifest.path) is not None):
         print(f"nothing to cancel: {summary(manifest)}")
+        return 0
+    if live_holder(manifest.path) is not None and (manifest.search or manifest.launcher != "slurm"):
+        # The launcher writes the manifest: it is asked. Where all is to stop, a search starts nothing new either.
+        write_atomically(manifest.path / CANCEL, json.dumps([job.index for job in wanted] + [None] * (not args.jobs)))
+        print(f"asked the launcher to stop {len(wanted)} jobs; those that run save a checkpoint first")
         return 0
     if manifest.launcher == "slurm":
         cluster.cancel([job.job_id for job in wanted if job.job_id])
-    elif live_holder(manifest.path) is not None:  # the launcher writes the manifest: it is asked
-        write_atomically(manifest.path / CANCEL, json.dumps([job.index for job in wanted]))
-        print(f"asked the launcher to stop {len(wanted)} jobs; those that run save a checkpoint first")
-        return 0
     with driving(manifest.path):
         for job in wanted:
             job.state, job.reason = "cancelled", "cancelled"
@@ -121,9 +122,13 @@ def _start(manifest: Manifest, jobs: Sequence[Job], *, wait: bool | None) -> int
     if manifest.launcher == "slurm":  # what SLURM still has will run without our help
         alive = cluster.ask([job.job_id for job in jobs])
         jobs = [job for job in jobs if alive.get(job.job_id or "") not in ("queued", "running")]
-    if not jobs:
+    if not jobs and not manifest.trials_left:
         print(f"nothing to start: {summary(manifest)}")
-        return 0 if all(s.state in ("completed", "queued", "running", "preempted") for s in states(manifest, _at_slurm(manifest))) else 1
+        return (
+            0
+            if all(s.state in ("completed", "pruned", "queued", "running", "preempted") for s in states(manifest, _at_slurm(manifest)))
+            else 1
+        )
     missing = [job for job in jobs if not manifest.directory(job).config_path.exists()]
     if missing:
         where = manifest.directory(missing[0]).config_path

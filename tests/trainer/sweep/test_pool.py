@@ -14,7 +14,8 @@ import pytest
 
 from tests.trainer.sweep import light
 from trainer.sweep.manifest import Job, Manifest, driving, states
-from trainer.sweep.pool import CANCEL, Pool, Slot, slots_for
+from trainer.sweep.pool import CANCEL, Pool
+from trainer.sweep.slots import Slot, slots_for
 
 SERVER = [str(Path(light.__file__))]
 
