@@ -27,7 +27,7 @@ class Slurm:
         self.folder = folder
 
     def __call__(self, *command: str) -> str:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=240).stdout
 
     def word(self, job_id: str) -> str:
         """SLURM's word for a job's state, from accounting."""
