@@ -7,7 +7,6 @@ the network itself, each image has its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +40,7 @@ class Fcmae(Mim):
         network: Any = model
         return int(network.feature_info[-1]["reduction"])
 
-    def compiled_parts(self) -> Sequence[nn.Module]:
+    def compiled_parts(self) -> list[nn.Module]:
         return list(self.decoder.blocks)  # the encoder's own forward passes are not called in training
 
     def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
