@@ -363,6 +363,6 @@ def test_unlabelled_images_are_enough(trained, tmp_path):
         RunDirectory(tmp_path),
     )
     assert result["metric"] == "val/loss"
-    assert set(result["last"]) == {"step", "epoch", "val/loss", "val/seconds"}
+    assert set(result["last"]) == {"step", "epoch", "train/loss", "val/loss", "val/seconds"}
     first, last = (result["history"][i]["val/loss"] for i in (0, -1))
     assert last < first, "it comes closer to its teacher"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from trainer.config.model import TimmModel
 from trainer.errors import ConfigError
 
 transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 7, "mlp_ratio": 2}
 
@@ -46,11 +46,11 @@ def test_gates_are_read_as_the_hub_stores_them(tmp_path):
     """Older files, as facebook/dinov2-giant, hold gate and values in one, `weights_in`."""
     expected = theirs(tmp_path, registers=False, swiglu=True)
     path = tmp_path / "model.safetensors"
-    state = safetensors.load_file(path)
+    state = safetensors.torch.load_file(path)
     for name in [n for n in state if ".gate_proj." in n]:  # where the library itself still writes `weights_in`, there is nothing to do
         state[name.replace("gate_proj", "weights_in")] = torch.cat([state.pop(name), state.pop(name.replace("gate_proj", "up_proj"))])
         state[name.replace("gate_proj", "weights_out")] = state.pop(name.replace("gate_proj", "down_proj"))
-    safetensors.save_file(state, path)
+    safetensors.torch.save_file(state, path)
     ours = TimmModel(name=str(tmp_path), source="huggingface", pretrained=True).build(num_classes=0, image_size=28, in_channels=3).eval()
     images = torch.randn(2, 3, 28, 28)
     with torch.no_grad():

@@ -19,11 +19,11 @@ def temporary_directory() -> str:
     return str(Path(tempfile.gettempdir()) / f"trainyard-{os.getuid()}")
 
 
-def fitting_image_size(at_least: int, *, _root_: DictConfig) -> int:
-    """The smallest side, in pixels, that is no less than this and that the network can cut into whole patches."""
+def fitting_image_size(at_least: int, patches: int = 1, *, _root_: DictConfig) -> int:
+    """The smallest side, in pixels, that is no less than this and that the network can cut into whole patches, so many at least."""
     model = to_object(_root_.model)
     multiple = (model.input_multiple if isinstance(model, ModelConfig) else None) or 1
-    return -(-at_least // multiple) * multiple
+    return max(-(-at_least // multiple), patches) * multiple
 
 
 def small_image_size(*, _root_: DictConfig) -> int:

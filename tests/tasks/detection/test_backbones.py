@@ -224,7 +224,7 @@ def test_a_backbone_whose_strides_do_not_fit_is_refused(model, strides, key):
         (["task.detector=fcos", "task.roi_samples=8"], "task.roi_samples"),
         (["task.detector=ssdlite", "loop.batch_size=2", "loop.accumulate=2"], "loop.batch_size"),
         (["task.nms_threshold=0"], "task.nms_threshold"),
-        (["dataset=digit_parts", "augmentation=boxes"], "dataset"),
+        (["dataset=digit_parts", "dataset.image_size=64", "augmentation=boxes"], "dataset"),
         (["model=dinov2_vit_b", "dataset.image_size=112"], "model.patch_size"),
         (["model.in_channels=5"], "model.in_channels"),
         (["augmentation.keep_aspect=false"], "augmentation.jitter"),
