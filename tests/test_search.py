@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tests.processes import finish, logs, start_ranks
 from tests.test_exact import MODELS
 from tests.trainer.sweep import light_search
-from tests.trainer.sweep.light import RAN
+from tests.trainer.sweep.light import RAN, die_after_writing
 from trainer.config.sweeper import OptunaSweeperConfig
 from trainer.errors import ConfigError
 from trainer.launch.jobs import plan
@@ -155,16 +155,7 @@ def test_every_seed_of_a_trial(search):
 
 def _go_and_die(line: list[str], after: int) -> None:
     """Start the search or go on with it, and be killed after so many files were written."""
-    count, replace = 0, os.replace
-
-    def counting(*arguments, **more):
-        nonlocal count
-        replace(*arguments, **more)
-        count += 1
-        if count == after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = counting
+    die_after_writing(after)
     os._exit(verbs.resume([str(the_sweep().path)]) if Path("runs/found/sweeps").exists() else go(line))
 
 

@@ -183,16 +183,7 @@ def test_a_launcher_killed_after_sbatch_queues_nothing_twice(slurm, sweep, capsy
 
 def _submit_and_die(manifest: Manifest, after: int) -> None:
     """Queue the jobs, and be killed after so many files were written, or as sbatch has answered."""
-    count, replace = 0, os.replace
-
-    def counting(*arguments, **more):
-        nonlocal count
-        replace(*arguments, **more)
-        count += 1
-        if count == after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = counting
+    light.die_after_writing(after)
     submit(manifest)
     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -40,10 +40,11 @@ def existing_run(path: str) -> tuple[RunDirectory, RunConfig]:
     return directory, directory.read_config()
 
 
-def as_it_ended(run: RunConfig) -> RunConfig:
-    """The config of a run's network in use: of a run in stages, at the image size of the last."""
+def trained_run(path: str) -> tuple[RunDirectory, RunConfig]:
+    """As `existing_run`, for whoever uses its network: of a run in stages, the config is at the image size of the last."""
+    directory, run = existing_run(path)
     last = stage_runs(run)[-1].dataset.image_size
-    return dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, image_size=last))
+    return directory, dataclasses.replace(run, dataset=dataclasses.replace(run.dataset, image_size=last))
 
 
 def _beside(path: Path) -> str:

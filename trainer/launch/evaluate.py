@@ -14,7 +14,7 @@ from pathlib import Path
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, Problem
 from trainer.identity import identity
-from trainer.launch.amend import amended, as_it_ended, existing_run, words
+from trainer.launch.amend import amended, trained_run, words
 from trainer.surroundings import ranks_to_start, surroundings
 
 OTHER_WEIGHTS = "the weights are those of the run's own"
@@ -37,8 +37,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Measure, print, and write `RUN_DIR/evaluations/<name>/`."""
     options = arguments().parse_intermixed_args(argv)
-    directory, before = existing_run(options.run_dir)
-    before = as_it_ended(before)
+    directory, before = trained_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best", split="val", classes="", real_labels="")
     if own["split"] not in ("train", "val"):
         raise ConfigError(Problem("split", own["split"], "is train or val", "split=val"))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config import RunConfig
 from trainer.config.names import nearest
 from trainer.errors import ConfigError, DataError, Problem
-from trainer.launch.amend import as_it_ended, existing_run, words
+from trainer.launch.amend import trained_run, words
 from trainer.launch.predict import checked
 from trainer.rundir import RunDirectory
 
@@ -42,8 +42,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write and check each file, then the card; print where they are and how far they are from the original."""
     options = arguments().parse_intermixed_args(argv)
-    directory, before = existing_run(options.run_dir)
-    before = as_it_ended(before)
+    directory, before = trained_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best")
     kinds = list(dict.fromkeys(options.format.split(",")))
     for kind in kinds:

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, Problem
 from trainer.identity import identity
-from trainer.launch.amend import amended, as_it_ended, existing_run, words
+from trainer.launch.amend import amended, trained_run, words
 from trainer.launch.evaluate import FIXED
 from trainer.surroundings import ranks_to_start, surroundings
 
@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> int:
     for key, values in (("--neighbours", options.neighbours), ("--temperature", [options.temperature])):
         if min(values) <= 0:
             raise ConfigError(Problem(key, min(values), "must be > 0", f"{key} {20 if key == '--neighbours' else 0.07}"))
-    directory, before = existing_run(options.run_dir)
-    before = as_it_ended(before)
+    directory, before = trained_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best")
     run = checked(before, overrides)
     same = "" if identity(run) == identity(before) else f"-{identity(run)}"  # other data, another size: an answer of its own

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError, Problem
-from trainer.launch.amend import amended, as_it_ended, existing_run, words
+from trainer.launch.amend import amended, trained_run, words
 from trainer.launch.evaluate import FIXED
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ def arguments() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write `predictions.csv` and `sheet.png`, or `features.npz`, and print where they are."""
     options = arguments().parse_intermixed_args(argv)
-    directory, before = existing_run(options.run_dir)
-    before = as_it_ended(before)
+    directory, before = trained_run(options.run_dir)
     own, overrides = words(options.overrides, checkpoint="best", classes="")
     folder = Path(options.folder)
     if not folder.exists():

@@ -112,17 +112,7 @@ def test_canary(sweep):
 
 def _launch_and_die(path: str, after: int) -> None:
     """Run what is left, and be killed after so many writes."""
-    count = 0
-    replace = os.replace
-
-    def counting(*args, **kwargs):
-        nonlocal count
-        replace(*args, **kwargs)
-        count += 1
-        if count == after:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.replace = counting
+    light.die_after_writing(after)
     manifest = Manifest.load(path)
     left = [j for j, s in zip(manifest.jobs, states(manifest), strict=True) if s.state != "completed"]
     os._exit(run_left(manifest, left))
