@@ -103,6 +103,13 @@ def test_options_that_make_no_sense(options, says, monkeypatch, capsys):
     assert says in capsys.readouterr().err
 
 
+def test_overrides_on_either_side_of_an_option(launch):
+    """Hydra takes them on one side alone."""
+    done = launch("task=mim", "--cfg", "job", "-p", "loop", "loop.epochs=3")
+    assert yaml.safe_load(done.out)["epochs"] == 3
+    assert door.options_first(["a=1", "-m", "b=2", "--config-dir", "mine", "c=3"]) == ["-m", "--config-dir", "mine", "a=1", "b=2", "c=3"]
+
+
 def test_a_launcher_without_a_sweep_is_not_ignored(launch):
     """Hydra would train on the login node."""
     call = launch("hydra/launcher=submitit_slurm")

@@ -56,7 +56,7 @@ def evaluate(run: RunConfig, directory: RunDirectory, question: Question, out: P
         signals = stack.enter_context(StopSignals(max_hours=run.loop.max_hours))
         world = stack.enter_context(open_world(run.distributed))
         with known_errors(run, world):
-            set_backends(run)
+            set_backends(run, world.device)
             watchdog = stack.enter_context(Watchdog(run.distributed.timeout, world))
             task, run, saved = load_task(directory.path, question.checkpoint, run)
             prepare(task.to(world.device), run.loop)

@@ -37,7 +37,7 @@ def knn(
     with ExitStack() as stack:
         world = stack.enter_context(open_world(run.distributed))
         with known_errors(run, world):
-            set_backends(run)
+            set_backends(run, world.device)
             watchdog = stack.enter_context(Watchdog(run.distributed.timeout, world))
             task, run, saved = load_task(directory.path, checkpoint, run)
             task.to(world.device).eval()

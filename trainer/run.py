@@ -22,6 +22,7 @@ from trainer.engine import Engine, Periods
 from trainer.environment import changes, write_environment
 from trainer.errors import ConfigError, Interrupted, Problem, Pruned, TrainyardError
 from trainer.feeds import close, describe, loaders
+from trainer.heap import keep_freed_memory
 from trainer.lock import Busy
 from trainer.log import Display, Journal, ending, open_display, open_journal, open_log, show_facts, show_result
 from trainer.recorder import Recorder
@@ -62,7 +63,7 @@ def train(run: RunConfig, directory: RunDirectory | None = None) -> dict[str, An
 
 
 def _train(run: RunConfig, directory: RunDirectory, world: World, signals: StopSignals, stack: ExitStack) -> dict[str, Any]:
-    set_backends(run)
+    set_backends(run, world.device)
     data = build_data(run)
     stages = stages_of(run, data)
     resumed = find_checkpoint(run, directory, world)
@@ -166,7 +167,7 @@ def stopped(reason: int, directory: RunDirectory, world: World) -> TrainyardErro
 def find_lr(run: RunConfig, out: Path) -> dict[str, float]:
     """Sweep the learning rate of `run` and write the curve to `out`, without a run directory. Every rank calls this."""
     with StopSignals() as signals, open_world(run.distributed) as world, known_errors(run, world):
-        set_backends(run)
+        set_backends(run, world.device)
         data = build_data(run)
         stage = stages_of(run, data)[0]
         state = begin(stage, world)
@@ -223,8 +224,10 @@ def _place(directory: RunDirectory, stack: ExitStack) -> str:
     return "finished" if directory.is_finished() else "ours"
 
 
-def set_backends(run: RunConfig) -> None:
-    """Process-wide switches of torch."""
+def set_backends(run: RunConfig, device: torch.device) -> None:
+    """Process-wide switches of torch, and of the heap it works on."""
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high" if run.precision.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = run.precision.tf32
     torch.backends.cudnn.benchmark = run.loop.cudnn_benchmark and not run.loop.deterministic

@@ -32,7 +32,21 @@ def enter(hydra_main: Callable[[], Any], argv: Sequence[str] | None = None) -> i
     A single run is composed here: Hydra would compose it twice, stop at the first mistake and exit with 1. The rest of
     its command line (-m, --cfg, --info, completion …) is Hydra's.
     """
-    return guarded(lambda: _enter(hydra_main, list(sys.argv[1:] if argv is None else argv)))
+    if argv is not None:
+        return guarded(lambda: _enter(hydra_main, list(argv)))
+    sys.argv[1:] = options_first(sys.argv[1:])
+    return guarded(lambda: _enter(hydra_main, sys.argv[1:]))
+
+
+def options_first(argv: Sequence[str]) -> list[str]:
+    """A command line with its overrides behind its options: Hydra refuses `a=1 --cfg job b=2`, which is quickly typed."""
+    from hydra._internal.utils import get_args_parser  # the grammar that hydra.main uses
+
+    options = list(argv)
+    overrides = get_args_parser().parse_intermixed_args(argv).overrides
+    for override in overrides:
+        options.remove(override)
+    return [*options, *overrides]
 
 
 def guarded(action: Callable[[], int | None]) -> int:
