@@ -1,4 +1,4 @@
-"""A residual network for small images: a stem that keeps their size, and stages that halve it. Knows nothing of training."""
+"""Residual networks for small images: a stem that keeps their size, and stages that halve it. Know nothing of training."""
 
 from __future__ import annotations
 
@@ -30,26 +30,15 @@ class Block(nn.Module):
         return self.act(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class SmallResNet(nn.Module):
+class Staged(nn.Module):
     """Logits [N, num_classes] of images [N, C, H, W] of any size; pooled features [N, D] with `num_classes=0`."""
 
-    def __init__(self, *, num_classes: int, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
+    def __init__(self, stem: nn.Module, stages: Sequence[nn.Module], fc: nn.Module, num_features: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True))
-        stages: list[nn.Module] = []
-        inputs = stem
-        for width, count in zip(widths, blocks, strict=True):
-            parts = [Block(inputs if i == 0 else width, width, 2 if i == 0 else 1) for i in range(count)]
-            stages.append(nn.Sequential(*parts))
-            inputs = width
+        self.stem = stem
         self.stages = nn.Sequential(*stages)
-        self.num_features = inputs
-        self.fc: nn.Module = nn.Linear(inputs, num_classes) if num_classes else nn.Identity()
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(part, Block):
-                nn.init.zeros_(part.norm2.weight)  # each block begins as its shortcut (arXiv:1706.02677, sec. 5.1)
+        self.num_features = num_features
+        self.fc = fc
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -69,3 +58,61 @@ class SmallResNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer decay, or stages, as timm's networks tell them."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
+
+
+class SmallResNet(Staged):
+    """Stages of residual blocks; the first block of each halves the image."""
+
+    def __init__(self, *, num_classes: int, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
+        first = nn.Sequential(nn.Conv2d(in_channels, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True))
+        stages: list[nn.Module] = []
+        inputs = stem
+        for width, count in zip(widths, blocks, strict=True):
+            parts = [Block(inputs if i == 0 else width, width, 2 if i == 0 else 1) for i in range(count)]
+            stages.append(nn.Sequential(*parts))
+            inputs = width
+        super().__init__(first, stages, nn.Linear(inputs, num_classes) if num_classes else nn.Identity(), inputs)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(part, Block):
+                nn.init.zeros_(part.norm2.weight)  # each block begins as its shortcut (arXiv:1706.02677, sec. 5.1)
+
+
+class Residual(nn.Module):
+    """x and what two convolutions make of it; nothing follows the sum."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = convolution(width, width), convolution(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(self.conv1(x))
+
+
+class ResNet9(Staged):
+    """The nine-layer network that learned CIFAR-10 fastest in DAWNBench (D. Page, "How to train your ResNet", 2018), at any width.
+
+    Each stage is a convolution, a maximum over 2 x 2 pixels and, by `blocks`, residual pairs of convolutions. Features are the
+    maximum over the last map, and logits an eighth of what the classifier makes of them, as there.
+    """
+
+    def __init__(self, *, num_classes: int, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
+        inputs = [stem, *widths]
+        stages = [
+            nn.Sequential(convolution(inputs[i], width, pool=True), *(Residual(width) for _ in range(count)))
+            for i, (width, count) in enumerate(zip(widths, blocks, strict=True))
+        ]
+        fc = nn.Linear(inputs[-1], num_classes, bias=False) if num_classes else nn.Identity()
+        super().__init__(convolution(in_channels, stem), stages, fc, inputs[-1])
+
+    def forward_head(self, maps: Tensor, pre_logits: bool = False) -> Tensor:
+        """As of every `Staged`."""
+        features = torch.amax(maps, dim=(2, 3))
+        return features if pre_logits or isinstance(self.fc, nn.Identity) else 0.125 * self.fc(features)
+
+
+def convolution(inputs: int, outputs: int, *, pool: bool = False) -> nn.Sequential:
+    """3 x 3, normalised and cut off at zero; with `pool` half as large, the odd row and column kept."""
+    pooled = [nn.MaxPool2d(2, ceil_mode=True)] if pool else []
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False), *pooled, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))

@@ -155,22 +155,18 @@ class TorchvisionModel(ModelConfig):
         return torchvision_pyramid(self, strides, image_size=image_size, in_channels=in_channels)
 
 
-@schema("model", "small_resnet")
 @dataclass
-class SmallResNet(ModelConfig):
+class StagedConfig(ModelConfig):
     """A residual network for small images, of this project's own."""
 
     offers: ClassVar[frozenset[str]] = frozenset({"classifier", "features"})
 
     stem: int = setting(help="channels of the stem, which keeps the image's size", ge=1)
     widths: list[int] = setting(help="channels of each stage; each halves the image's sides", ge=1)
-    blocks: list[int] = setting(help="residual blocks of each stage", ge=1)
+    blocks: list[int] = setting(help="residual blocks of each stage", ge=0)
 
-    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
-        from trainer.small_resnet import SmallResNet
-
-        channels = self.in_channels or in_channels
-        return SmallResNet(num_classes=num_classes, in_channels=channels, stem=self.stem, widths=self.widths, blocks=self.blocks)
+    def _shape(self, in_channels: int) -> dict[str, Any]:
+        return {"in_channels": self.in_channels or in_channels, "stem": self.stem, "widths": self.widths, "blocks": self.blocks}
 
     def problems(self, at: str, image_size: int) -> Iterator[Problem]:
         if len(self.widths) != len(self.blocks):
@@ -180,3 +176,35 @@ class SmallResNet(ModelConfig):
             if getattr(self, name) != off:
                 fix = f"{at}.{name}={'false' if off is False else 'null' if off is None else '{}'}"
                 yield Problem(f"{at}.{name}", getattr(self, name), "this network has none", fix)
+
+
+@schema("model", "small_resnet")
+@dataclass
+class SmallResNet(StagedConfig):
+    """Residual blocks of two convolutions."""
+
+    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        from trainer.small_resnet import SmallResNet
+
+        return SmallResNet(num_classes=num_classes, **self._shape(in_channels))
+
+    def problems(self, at: str, image_size: int) -> Iterator[Problem]:
+        yield from super().problems(at, image_size)
+        if 0 in self.blocks:
+            yield Problem(
+                f"{at}.blocks",
+                self.blocks,
+                "the first block of a stage is what halves the image",
+                f"{at}.blocks=[{','.join(str(max(1, n)) for n in self.blocks)}]",
+            )
+
+
+@schema("model", "resnet9")
+@dataclass
+class ResNet9(StagedConfig):
+    """DAWNBench's network of nine layers: convolutions, maxima over 2 x 2 pixels, residual pairs."""
+
+    def build(self, *, num_classes: int, image_size: int, in_channels: int) -> nn.Module:
+        from trainer.small_resnet import ResNet9
+
+        return ResNet9(num_classes=num_classes, **self._shape(in_channels))
