@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
+
+# Before torch is imported, and for every process that a test starts: two test processes on two cores, each with two threads that wait
+# for one another, cost a third more than with one; and a process that is forked from one with such threads can hang.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings

@@ -18,7 +18,7 @@ LAYERS = tuple(
     set(layer.split())
     for layer in (
         "errors",
-        "config random schedule task files surroundings identity resample compiling pretrained probe lr_curve small_resnet dinov2 dilation heap",
+        "config random schedule task files surroundings identity resample compiling pretrained probe lr_curve small_resnet dinov2 dilation backends",
         "lock rundir environment vote watchdog rendezvous distributed signals log data augmentation_rules validation",
         "checkpoint ema adamw optim models pyramid mit fusion update state evaluation weights inference debug parts labels",
         "engine",

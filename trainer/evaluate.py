@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer.backends import set_backends
 from trainer.config import RunConfig
 from trainer.data.relabel import class_names, only, places_of, relabelled
 from trainer.distributed import World, open_world
@@ -26,7 +27,7 @@ from trainer.feeds import as_validated, reference, share_of
 from trainer.files import storage_error, write_atomically
 from trainer.inference import load_task
 from trainer.models import prepare
-from trainer.run import known_errors, set_backends
+from trainer.run import known_errors
 from trainer.rundir import RunDirectory
 from trainer.signals import StopSignals, stop_error
 from trainer.stages import build_state

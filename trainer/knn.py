@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer.backends import set_backends
 from trainer.config import RunConfig
 from trainer.data.loader import Loader, validation_loader, worker_count
 from trainer.data.source import Source
@@ -18,7 +19,7 @@ from trainer.errors import ConfigError, Problem
 from trainer.evaluation import Neighbours
 from trainer.files import write_atomically
 from trainer.inference import load_task
-from trainer.run import known_errors, set_backends
+from trainer.run import known_errors
 from trainer.rundir import RunDirectory
 from trainer.task import Task
 from trainer.watchdog import Watchdog

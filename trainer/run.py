@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from trainer import batch_finder, debug, lr_finder
+from trainer.backends import set_backends
 from trainer.build import Data, best_metric, build_data
 from trainer.checkpoint import Writer, load, newest_good, save_safetensors, set_aside
 from trainer.config import Progressing, Resume, RunConfig
@@ -22,7 +23,6 @@ from trainer.engine import Engine, Periods
 from trainer.environment import changes, write_environment
 from trainer.errors import ConfigError, Interrupted, Problem, Pruned, TrainyardError
 from trainer.feeds import close, describe, loaders
-from trainer.heap import keep_freed_memory
 from trainer.lock import Busy
 from trainer.log import Display, Journal, ending, open_display, open_journal, open_log, show_facts, show_result
 from trainer.recorder import Recorder
@@ -222,16 +222,6 @@ def _place(directory: RunDirectory, stack: ExitStack) -> str:
     except Busy:
         return "busy"
     return "finished" if directory.is_finished() else "ours"
-
-
-def set_backends(run: RunConfig, device: torch.device) -> None:
-    """Process-wide switches of torch, and of the heap it works on."""
-    if device.type == "cpu":
-        keep_freed_memory()
-    torch.set_float32_matmul_precision("high" if run.precision.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = run.precision.tf32
-    torch.backends.cudnn.benchmark = run.loop.cudnn_benchmark and not run.loop.deterministic
-    torch.use_deterministic_algorithms(run.loop.deterministic)
 
 
 def find_checkpoint(run: RunConfig, directory: RunDirectory, world: World) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Mae(Mim):
             _initialise(vit, self.grid)
 
     def _decoder(self, dim: int, depth: int, heads: int, outputs: int) -> nn.Module:
-        return Decoder(int(self.model.embed_dim), dim, depth, heads, self.grid, self.prefix, outputs)  # type: ignore[arg-type]
+        return Decoder(int(self.model.embed_dim), dim, depth, heads, self.grid, self.prefix, outputs)  # type: ignore[arg-type]  # an nn.Module's attribute to the checker
 
     @staticmethod
     def patch_of(model: nn.Module, cfg: ModelConfig) -> int:
