@@ -30,8 +30,8 @@ def keep_freed_memory() -> bool:
     """Tell the C library to keep what a step frees: the next step asks for the same sizes again.
 
     By default glibc gives large blocks back to the system and takes them anew. The system hands them out in pages of 4 KB, each
-    cleared at its first touch: 20,000 of them in a step of a small residual network with 128 images of CIFAR-10, and a seventh
-    of its time. It matters on a CPU alone: on a GPU torch keeps freed memory itself.
+    cleared at its first touch: 20,000 of them in a step of a small residual network with 128 images of CIFAR-10, and a tenth
+    of its time (`python -m benchmarks heap`). It matters on a CPU alone: on a GPU torch keeps freed memory itself.
 
     Returns: False where the user has chosen, or the C library is another one, and nothing was changed.
     """
