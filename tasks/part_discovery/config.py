@@ -91,6 +91,10 @@ class PartDiscoveryConfig(LossConfig):
         "what the second stage teaches the first: straight_through: hard masks, gradients of soft ones; none: hard masks, no gradient, as published; soft: soft masks",
         choices=["straight_through", "none", "soft"],
     )
+    bounded_mask_gradient: bool = setting(
+        False,
+        "with straight_through: a hidden place gets no more gradient than the seen place of its image that gets most; unbounded, a few hidden tokens that a query fits can drown everything else",
+    )
     prune: bool | None = setting(
         None,
         "compute of hidden tokens only what the result needs; null = in evaluation, and in training on a CPU; true = always, though an accelerator is waited for once a step; false = never",

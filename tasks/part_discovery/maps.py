@@ -71,13 +71,15 @@ class Mask:
 
 
 def foreground(
-    logits: Tensor, temperature: float, *, noise: Tensor | None = None, kept_parts: Tensor | None = None, straight_through: bool = False
-) -> Mask:
+    logits: Tensor, temperature: float, *, noise: Tensor | None = None, kept_parts: Tensor | None = None,
+    straight_through: bool = False, bounded: bool = False,
+) -> Mask:  # fmt: skip
     """A place is seen where some part is no less likely than the background.
 
     Args:
         kept_parts: [N, K]; a part that was dropped hides its places.
         straight_through: the hard mask takes the gradient of the summed probabilities of all parts (arXiv:1308.3432).
+        bounded: and of it no more at a hidden place than at the seen place of the image where it is largest.
     """
     probabilities = soft_maps(logits, temperature, noise)
     parts, background = probabilities[:, :-1], probabilities[:, -1]
@@ -87,8 +89,21 @@ def foreground(
     hard = (likeliest >= background).to(parts.dtype)
     if straight_through:
         total = parts.sum(1)
+        if bounded and total.requires_grad:
+            seen = hard.detach() > 0
+            total.register_hook(lambda gradient: no_larger_than_seen(gradient, seen))
         hard = hard + (total - total.detach())  # in this order the added term is exactly 0
     return Mask(hard, likeliest)
+
+
+def no_larger_than_seen(gradient: Tensor, seen: Tensor) -> Tensor:
+    """The gradient of a mask [N, h, w], cut off at hidden places where it is larger than at every seen one of its image.
+
+    The weight of a hidden token in an attention is nothing whatever its score s is, but its derivative is exp(s) over the sum of
+    the others', without a bound; to show the token would change its weight by less than 1.
+    """
+    most = (gradient.abs() * seen).amax((1, 2), keepdim=True)
+    return torch.where(seen, gradient, torch.minimum(torch.maximum(gradient, -most), most))
 
 
 def without(logits: Tensor, removed: list[int]) -> Tensor:

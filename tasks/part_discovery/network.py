@@ -110,6 +110,7 @@ class PartFinder(nn.Module):
             noise=self._noise(keys, m.MASK_NOISE, logits),
             kept_parts=m.kept(keys, m.MASK_DROPOUT, cfg.num_parts, cfg.part_dropout_stage_2) if drops and keys is not None else None,
             straight_through=cfg.mask_gradient == "straight_through" and self.training,
+            bounded=cfg.bounded_mask_gradient,
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.part_discovery import groups
+from tasks.part_discovery import groups, maps
 from tasks.part_discovery.attention import divisible
 from tasks.part_discovery.backbones import feature_map
 from tasks.part_discovery.maps import Mask
@@ -83,6 +83,31 @@ def test_the_straight_through_gradient_is_that_of_attention_weighted_by_the_mask
         moved[i] += inward * 1e-4
         difference = (loss(moved) - loss(hard.detach())) / (inward * 1e-4)
         assert slope[i].item() == pytest.approx(difference.item(), rel=0.02, abs=1e-3)
+
+
+def test_a_bounded_gradient_lets_no_hidden_place_drown_the_others():
+    """Queries that one hidden token fits: unbounded, what it would be shown for is all that the first stage learns."""
+    sizes = {}
+    for bounded in (False, True):
+        task = make(*only_stage_2(), f"task.bounded_mask_gradient={str(bounded).lower()}").train()
+        assert task.model.stage_2 is not None
+        with torch.no_grad():
+            for block in cast(Any, task.model.stage_2.backbone).blocks:
+                block.attn.qkv.weight *= 30  # sharp attention, as it grows in training
+        output = task(batch(), PROGRESS)
+        output.loss.backward()
+        gradients = [p.grad for p in task.model.stage_1.parameters() if p.grad is not None]
+        sizes[bounded] = (output.loss.item(), torch.stack([g.norm() for g in gradients]).norm().item())
+    assert sizes[True][0] == sizes[False][0], "the loss is the same"
+    assert 0 < sizes[True][1] < 0.1 * sizes[False][1]
+
+
+def test_the_bound_is_each_images_own_and_seen_places_keep_their_gradient():
+    gradient = torch.tensor([[[0.5, -0.2], [1e6, -1e6]], [[3.0, 0.1], [-0.2, 4.0]]])
+    seen = torch.tensor([[[True, True], [False, False]], [[True, False], [False, False]]])
+    expected = torch.tensor([[[0.5, -0.2], [0.5, -0.5]], [[3.0, 0.1], [-0.2, 3.0]]])
+    assert torch.equal(maps.no_larger_than_seen(gradient, seen), expected)
+    assert not maps.no_larger_than_seen(gradient, torch.zeros_like(seen)).any(), "where nothing is seen there is nothing to compare with"
 
 
 @pytest.mark.parametrize("base", [TINY, STEM], ids=["patches", "convolutions"])
