@@ -29,7 +29,7 @@ from trainer.run import loaders, train
 from trainer.rundir import RunDirectory
 
 TINY = [
-    "task=part_discovery", "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2", "dataset.image_size=32",
+    "task=part_discovery", "task.num_parts=4", "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2", "dataset.image_size=32",
     "loop.batch_size=8", "loop.epochs=1", "loop.log_every=1", "loop.progress=none", "logger.plots=false", "dataset.num_workers=0",
 ]  # fmt: skip
 FEW = ["dataset.num_train=48", "dataset.num_val=20"]

@@ -21,7 +21,14 @@ from trainer.launch.compose import compose_run
 from trainer.optim import parameter_groups
 from trainer.task import Batch, Progress
 
-SMALL = ["task=part_discovery", "dataset.image_size=40", "loop.batch_size=4", "dataset.num_train=16", "dataset.num_val=8"]
+SMALL = [
+    "task=part_discovery",
+    "task.num_parts=4",
+    "dataset.image_size=40",
+    "loop.batch_size=4",
+    "dataset.num_train=16",
+    "dataset.num_val=8",
+]
 TINY = [*SMALL, "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2"]
 STEM = [*SMALL, "model.args.depth=1", "model.conv_stem=[8,16,24]"]  # as the default network, convolutions before the blocks
 PROGRESS = Progress(5, 10, 5.0)  # when all terms have their weights
