@@ -64,7 +64,7 @@ class SmallResNet(Staged):
     """Stages of residual blocks; the first block of each halves the image."""
 
     def __init__(self, *, num_classes: int, in_channels: int, stem: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
-        first = nn.Sequential(nn.Conv2d(in_channels, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True))
+        first = convolution(in_channels, stem)
         stages: list[nn.Module] = []
         inputs = stem
         for width, count in zip(widths, blocks, strict=True):

@@ -26,7 +26,9 @@ def test_nine_layers_are_those_of_the_source() -> None:
     channels = [(3, 64), (64, 128), (128, 128), (128, 128), (128, 256), (256, 512), (512, 512), (512, 512)]
     assert [(c.in_channels, c.out_channels) for c in convolutions] == channels
     maps = torch.randn(2, 512, 4, 4)
-    assert torch.equal(model.forward_head(maps), 0.125 * maps.amax((2, 3)) @ model.get_classifier().weight.T)  # pyright: ignore[reportOperatorIssue]
+    classifier = model.get_classifier()
+    assert isinstance(classifier, torch.nn.Linear)
+    assert torch.equal(model.forward_head(maps), 0.125 * maps.amax((2, 3)) @ classifier.weight.T)
     assert sum(isinstance(m, torch.nn.MaxPool2d) for m in model.modules()) == 3
 
 

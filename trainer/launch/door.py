@@ -32,10 +32,9 @@ def enter(hydra_main: Callable[[], Any], argv: Sequence[str] | None = None) -> i
     A single run is composed here: Hydra would compose it twice, stop at the first mistake and exit with 1. The rest of
     its command line (-m, --cfg, --info, completion …) is Hydra's.
     """
-    if argv is not None:
-        return guarded(lambda: _enter(hydra_main, list(argv)))
-    sys.argv[1:] = options_first(sys.argv[1:])
-    return guarded(lambda: _enter(hydra_main, sys.argv[1:]))
+    if argv is None:
+        sys.argv[1:] = options_first(sys.argv[1:])  # in place: hydra.main reads it there
+    return guarded(lambda: _enter(hydra_main, list(sys.argv[1:] if argv is None else argv)))
 
 
 def options_first(argv: Sequence[str]) -> list[str]:
