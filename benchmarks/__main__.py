@@ -9,19 +9,17 @@ import os
 import platform
 import sys
 import time
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
-from pkgutil import iter_modules
 
-import benchmarks.rows
+from benchmarks import rows
 from benchmarks.table import ROWS, Effort, Line
 
 PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "accelerate", "lightning", "mosaicml", "webdataset", "pillow")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    for module in iter_modules(benchmarks.rows.__path__):
-        import_module(f"benchmarks.rows.{module.name}")
+    rows.load()
     chosen = _parse(arguments)
     report: dict[str, list[Line]] = {}
     for name in chosen.rows or ROWS:
@@ -77,9 +75,9 @@ def _ratio(line: Line) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    rows = "\n".join(f"  {name:<20} {title}" for name, (title, _) in ROWS.items())
+    listed = "\n".join(f"  {name:<20} {title}" for name, (title, _) in ROWS.items())
     parser = argparse.ArgumentParser(
-        "python -m benchmarks", description=f"rows:\n{rows}", formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m benchmarks", description=f"rows:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("rows", nargs="*", metavar="row", choices=[*ROWS, []], help="which rows; all without one")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller inputs")

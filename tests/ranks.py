@@ -154,6 +154,21 @@ def steps(count: int, seconds: float, what: str = "", at: int = 0, timeout: floa
         return {"step": step, "reason": reason, "told": told_at, "stopped": time.time()}
 
 
+def steps_beside_a_slow_rank(*arguments: Any) -> dict[str, Any]:
+    """`steps`, where the last rank asks why another failed a second later than it could."""
+    from trainer.watchdog import Pulse
+
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        ask = Pulse._first_failure
+
+        def ask_late(self: Pulse) -> Any:
+            time.sleep(1.0)
+            return ask(self)
+
+        Pulse._first_failure = ask_late
+    return steps(*arguments)
+
+
 if __name__ == "__main__":  # python -m tests.ranks count seconds what at: the same for launchers, which start programs
     print(f"rank {os.environ.get('RANK')} attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", flush=True)
     _count, _seconds, _what, _at = sys.argv[1:]

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 INTERVAL = 0.5  # seconds between two exchanges
 GRACE = 10.0  # seconds the training thread has to end by itself once another rank has failed
 ROLL_CALL = 1.5  # seconds the survivors have to answer once a rank is gone
-READING = 0.5  # seconds the others have to read why, should the store end with this rank
+READING = 2.0  # seconds the others have, at most, to read why: the store may end with this rank
 _FAILED = "failed"  # the store's key for the first failure
 
 
@@ -65,6 +65,7 @@ class Pulse(threading.Thread):
         self.abort: Callable[[], None] = lambda: None  # unblocks a training thread that waits for the device
         self._exchange, self._store = exchange, store
         self._failing = self._failed_here = False
+        self._gone: list[int] = []  # ranks that do not speak any more
         self._leaving = False
         self._rounds = 0  # exchanges so far
         self._left = threading.Event()  # the training thread is on its way out
@@ -97,7 +98,7 @@ class Pulse(threading.Thread):
             self._failed_here = True
             self._wake.set()
             self._over.wait(GRACE)
-            time.sleep(READING)
+        self._let_the_others_read()
 
     def cause(self) -> DistributedError | None:
         """What has happened elsewhere, for a rank that has lost another; None if all of them are there."""
@@ -139,6 +140,7 @@ class Pulse(threading.Thread):
 
     def _end(self, failure: DistributedError | None) -> None:
         """The ranks are no longer whole. See to it that this process ends."""
+        self._have_read()
         if failure is not None and failure.exit_code == DistributedError.exit_code:
             dump_stacks(str(failure))  # while the training thread is still where it was
         self.failure = failure
@@ -156,6 +158,7 @@ class Pulse(threading.Thread):
         text = f"rank {self.rank} on {socket.gethostname()} has finished no step for {self.timeout:g} s (distributed.timeout)"
         failure = DistributedError(text)
         self._report(failure)
+        self._have_read()
         dump_stacks(text)
         os._exit(failure.exit_code)
 
@@ -170,6 +173,7 @@ class Pulse(threading.Thread):
                 time.sleep(0.1)
         except RuntimeError as error:
             return DistributedError(f"rank {self.rank} lost the others and the store that they share: {_first_line(error)}")
+        self._gone = missing
         gone = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in missing)
         # The first rank whose patience ends closes its connections, which ends the others' within an interval.
         frozen = silence > self.timeout - 2 * INTERVAL
@@ -195,6 +199,23 @@ class Pulse(threading.Thread):
         except RuntimeError as error:
             logger.debug("could not ask who failed: %s", error)
         return None
+
+    def _have_read(self) -> None:
+        """Say that this rank needs the store no more."""
+        try:
+            self._store.set(f"read/{self.rank}", "")
+        except RuntimeError as error:
+            logger.debug("the store has ended: %s", error)
+
+    def _let_the_others_read(self) -> None:
+        """Wait for those that still live: on a busy machine one may ask the store for the reason long after another did."""
+        keys = [f"read/{rank}" for rank in range(len(self.hosts)) if rank not in self._gone]
+        deadline = time.monotonic() + READING
+        try:
+            while not self._store.check(keys) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        except RuntimeError as error:
+            logger.debug("the store has ended: %s", error)
 
 
 class Watchdog:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.ranks import collectives, distributed, run_ranks, slurm_environments, steps, torchrun_environments
+from tests.ranks import collectives, distributed, run_ranks, slurm_environments, steps, steps_beside_a_slow_rank, torchrun_environments
 from tests.thresholds import FAILURE_SECONDS
 from trainer.distributed import _Facts, _share_of_cores, is_communication, open_world
 from trainer.errors import DistributedError
@@ -250,6 +250,12 @@ def test_when_one_rank_fails_all_end_with_its_code_and_say_why(what, codes, word
             assert "Stacks of process" in outcome.output and "most recent call first" in outcome.output
     if what == "hang":
         assert "in steps" in ranks[1].output  # where it hangs
+
+
+def test_the_rank_that_holds_the_store_stays_until_the_others_know_why(tmp_path):
+    ranks = run_ranks(steps_beside_a_slow_rank, torchrun_environments(3), tmp_path, 10_000, 0.01, "hang", 5, 2.0, timeout=FAILURE_SECONDS)
+    assert [r.code for r in ranks] == [6, 6, 6], ranks
+    assert "rank 1 on" in ranks[2].output and "has finished no step" in ranks[2].output, ranks[2].output
 
 
 def test_only_errors_of_communication_are_taken_for_such():
