@@ -168,25 +168,20 @@ class Race:
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def race(contenders: Sequence[Contender], rounds: int, restarts: int = 1) -> Race:
-    """Measure all contenders `rounds` times, interleaved; whoever went first in a round goes last in the next.
-
-    With `restarts`, the rounds are shared out over so many sets of new processes: which pages of memory a process gets decides
-    for its whole life how fast it streams through hundreds of megabytes, by a third either way.
-    """
+def race(contenders: Sequence[Contender], rounds: int) -> Race:
+    """Measure all contenders `rounds` times, interleaved; whoever went first in a round goes last in the next."""
     absent: dict[str, str] = {}
     times: dict[str, list[float]] = {}
-    for share in (len(range(i, rounds, restarts)) for i in range(restarts)):
-        with ExitStack() as stack:
-            ready = _started(contenders, stack, times, absent)
-            for i in range(share):
-                shift = i % max(len(ready), 1)
-                for contender in ready[shift:] + ready[:shift]:
-                    if contender.name not in absent:
-                        try:
-                            times[contender.name].append(contender.measure())
-                        except Absent as reason:
-                            absent[contender.name] = str(reason)
+    with ExitStack() as stack:
+        ready = _started(contenders, stack, times, absent)
+        for i in range(rounds):
+            shift = i % max(len(ready), 1)
+            for contender in ready[shift:] + ready[:shift]:
+                if contender.name not in absent:
+                    try:
+                        times[contender.name].append(contender.measure())
+                    except Absent as reason:
+                        absent[contender.name] = str(reason)
     return Race(times, absent)
 
 

@@ -19,6 +19,6 @@ def ema(effort: Effort) -> Iterator[Line]:
             Worker(LERP, "benchmarks.peers.averaging:bare_lerp", options),
             Worker(TIMM, "benchmarks.peers.averaging:timm_v3", options),
         ]
-        times = race(contenders, effort.rounds(full=60, quick=24), restarts=2)
+        times = race(contenders, effort.rounds(full=60, quick=24))
         yield at_most(times, OURS, LERP, 1.1, what=model)
         yield at_most(times, OURS, TIMM, 1.0, what=model)

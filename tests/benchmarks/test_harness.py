@@ -32,15 +32,6 @@ def test_each_contender_has_a_process_and_every_turn_in_every_round(tmp_path):
     assert rounds == ["123", "231", "312"] * 2  # nobody is always first
 
 
-def test_with_restarts_the_rounds_are_shared_out_over_new_processes(tmp_path):
-    journal = tmp_path / "journal"
-    found = race([constant("a", 1.0, journal=str(journal)), Worker("gone", f"{HERE}:missing")], rounds=5, restarts=2)
-    assert found.times == {"a": [1.0] * 5}
-    assert set(found.absent) == {"gone"}
-    processes = [line.split()[1] for line in journal.read_text().splitlines()]
-    assert sorted(processes.count(p) for p in set(processes)) == [2, 3]
-
-
 def test_a_ratio_is_taken_within_each_round():
     """The machine gets slower for both: a ratio of medians would hide which of them is faster."""
     found = Race({"a": [1.0, 3.0, 30.0], "b": [2.0, 2.0, 60.0]}, {})
