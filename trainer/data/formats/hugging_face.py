@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
@@ -26,6 +27,15 @@ def load_splits(path: str, subset: str | None) -> dict[str, Any]:
     Raises:
         LayoutError: the library cannot load it, with its own words.
     """
+    found = _loaded(path, subset)
+    if isinstance(found, LayoutError):
+        raise found
+    return found
+
+
+@functools.lru_cache(maxsize=8)
+def _loaded(path: str, subset: str | None) -> dict[str, Any] | LayoutError:
+    """Once a process, failures too: every split asks anew, and out of reach of the hub each answer takes half a minute."""
     datasets = _library()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -34,7 +44,7 @@ def load_splits(path: str, subset: str | None) -> dict[str, Any]:
         saved = any(os.path.exists(os.path.join(where, name)) for name in ("dataset_dict.json", "state.json"))
         found = datasets.load_from_disk(where) if saved else datasets.load_dataset(where, subset)
     except Exception as error:  # the library raises its own, the hub's and its file formats' errors
-        raise LayoutError(f"cannot be loaded by the datasets library: {type(error).__name__}: {error}") from None
+        return LayoutError(f"cannot be loaded by the datasets library: {type(error).__name__}: {error}")
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
