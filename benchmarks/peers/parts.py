@@ -13,6 +13,7 @@ SMALL = ["task=part_discovery", "dataset.num_train=64", "dataset.num_val=16", "m
 
 
 def _task(*overrides: str) -> Any:
+    import tasks  # noqa: F401  (registers the tasks' schemas)
     from trainer.build import build_data, build_task
     from trainer.launch.compose import compose_run
 

@@ -42,7 +42,8 @@ def _prepared(model: str):
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    run = compose_run("task=dino", f"model={model}", "dataset.image_size=224", "augmentation.local_size=96", "augmentation.local_crops=8")
+    sizes = ("dataset.image_size=224", "augmentation.local_size=96", "augmentation.local_crops=8")
+    run = compose_run("task=dino", f"model={model}", "task.centering=mean", *sizes)
     task = build(run.task, run, DataInfo(2, 0, (), 3, 1, 1)).train()  # type: ignore[arg-type]
     views = {"image": torch.randn(IMAGES, 2, 3, 224, 224), "local": torch.randn(IMAGES, 8, 3, 96, 96)}
     return task, views, Progress(0, 1, 1)
