@@ -28,7 +28,7 @@ from trainer.config.run import DistributedConfig
 from trainer.errors import DistributedError, Interrupted, Stopped, TrainyardError
 from trainer.rendezvous import meet
 from trainer.surroundings import Surroundings, die_with_parent, granted_cores, surroundings, usable_cores
-from trainer.watchdog import READING, Pulse, RankFailed, dump_stacks, exit_code, stacks_on_demand
+from trainer.watchdog import Pulse, RankFailed, dump_stacks, exit_code, have_read, let_read, stacks_on_demand
 
 _worlds = itertools.count()  # opened by this process: one run after the other, in a sweep
 _LINGER = 15.0  # seconds a failed rank has to end in good order before it ends at once
@@ -211,8 +211,8 @@ def _exchange_facts(store: dist.Store, here: Surroundings, mine: _Facts, timeout
     while not store.check(keys):
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            if here.is_main:
-                time.sleep(READING)
+            have_read(store, here.rank)
+            let_read(store, [rank for rank in range(here.size) if rank not in missing])
             raise DistributedError(
                 f"rank {here.rank} waited {timeout:g} s (distributed.timeout) for rank {', '.join(map(str, missing))} to start: "
                 "look into their logs"

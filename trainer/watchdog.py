@@ -98,7 +98,7 @@ class Pulse(threading.Thread):
             self._failed_here = True
             self._wake.set()
             self._over.wait(GRACE)
-        self._let_the_others_read()
+        let_read(self._store, [rank for rank in range(len(self.hosts)) if rank not in self._gone])
 
     def cause(self) -> DistributedError | None:
         """What has happened elsewhere, for a rank that has lost another; None if all of them are there."""
@@ -140,7 +140,7 @@ class Pulse(threading.Thread):
 
     def _end(self, failure: DistributedError | None) -> None:
         """The ranks are no longer whole. See to it that this process ends."""
-        self._have_read()
+        have_read(self._store, self.rank)
         if failure is not None and failure.exit_code == DistributedError.exit_code:
             dump_stacks(str(failure))  # while the training thread is still where it was
         self.failure = failure
@@ -158,7 +158,7 @@ class Pulse(threading.Thread):
         text = f"rank {self.rank} on {socket.gethostname()} has finished no step for {self.timeout:g} s (distributed.timeout)"
         failure = DistributedError(text)
         self._report(failure)
-        self._have_read()
+        have_read(self._store, self.rank)
         dump_stacks(text)
         os._exit(failure.exit_code)
 
@@ -200,23 +200,6 @@ class Pulse(threading.Thread):
             logger.debug("could not ask who failed: %s", error)
         return None
 
-    def _have_read(self) -> None:
-        """Say that this rank needs the store no more."""
-        try:
-            self._store.set(f"read/{self.rank}", "")
-        except RuntimeError as error:
-            logger.debug("the store has ended: %s", error)
-
-    def _let_the_others_read(self) -> None:
-        """Wait for those that still live: on a busy machine one may ask the store for the reason long after another did."""
-        keys = [f"read/{rank}" for rank in range(len(self.hosts)) if rank not in self._gone]
-        deadline = time.monotonic() + READING
-        try:
-            while not self._store.check(keys) and time.monotonic() < deadline:
-                time.sleep(0.05)
-        except RuntimeError as error:
-            logger.debug("the store has ended: %s", error)
-
 
 class Watchdog:
     """While entered, a rank of several that shows no sign of life for `timeout` seconds ends with exit 6 and its stacks.
@@ -254,6 +237,24 @@ class Watchdog:
         finally:
             if pulse is not None:
                 pulse.watching = watching
+
+
+def have_read(store: Store, rank: int) -> None:
+    """Say that this rank, which is about to end, needs the store no more."""
+    try:
+        store.set(f"read/{rank}", "")
+    except RuntimeError as error:
+        logger.debug("the store has ended: %s", error)
+
+
+def let_read(store: Store, ranks: Sequence[int]) -> None:
+    """Wait for those that still live: on a busy machine one may ask the store for the reason long after another did."""
+    deadline = time.monotonic() + READING
+    try:
+        while not store.check([f"read/{rank}" for rank in ranks]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except RuntimeError as error:
+        logger.debug("the store has ended: %s", error)
 
 
 def dump_stacks(why: str) -> None:
