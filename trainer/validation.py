@@ -49,8 +49,6 @@ def problems_of(run: RunConfig, *, trains: bool = True) -> Iterator[Problem]:
 def _facts(run: RunConfig) -> tuple[Facts | None, list[Problem]]:
     """What is known of the data, or what is wrong with them."""
     problems = list(run.dataset.problems())
-    if run.dataset.on_disk and run.dataset.path is None:
-        return None, problems
     try:
         facts = run.dataset.facts()
         return (None if problems and not facts.num_train else facts), problems  # of no data, no more need be said

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trainer.config.dataset import Facts
 from trainer.data.config import HuggingFaceConfig, ImageFolderConfig
 from trainer.data.source import BadSample, encoded
 
@@ -21,6 +22,13 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "datasets" else real(name, *rest))
     (problem,) = HuggingFaceConfig(path="/data", image_size=8).problems()
     assert problem.key == "dataset" and "pip install" in problem.fix and "[hf]" in problem.fix
+
+
+def test_the_hub_is_not_asked_for_a_dataset_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("trainer.data.formats.hugging_face.load_splits", lambda *where: asked.append(where) or {})
+    config = HuggingFaceConfig(image_size=8)
+    assert any(p.key == "dataset.path" for p in config.problems()) and config.facts() == Facts() and not asked
 
 
 @pytest.fixture(scope="module")

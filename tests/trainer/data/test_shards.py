@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import tasks  # noqa: F401  (registers the schemas that the config composes)
 from trainer.config.dataset import DatasetConfig
 from trainer.data.config import (
     CocoConfig,
@@ -40,6 +41,7 @@ from trainer.data.shards.pack import pack, parse_size
 from trainer.data.shards.tar import ShardError, members
 from trainer.data.source import BadSample, LayoutError, Source, encoded
 from trainer.errors import ConfigError, DataError
+from trainer.launch.compose import checked, compose
 
 
 def png(shade: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -332,6 +334,9 @@ def test_info_files_of_birder_and_timm_joined(tmp_path: Path) -> None:
     assert colours(config.build("train")) == [0, 1, 2, 3, 4] * 2 and colours(config.build("val")) == [7, 7]
     config.train_split = "train"
     assert colours(config.build("train")) == [0, 1, 2, 3, 4]
+    lines = [f"dataset.info=[{','.join(config.info)}]", "dataset.image_size=32", "augmentation=basic", "loop.batch_size=64"]
+    _, problems = checked(compose(["dataset=webdataset", *lines]))
+    assert any(p.key == "loop.batch_size" for p in problems), "what the info says of the data is held against the run, without a path too"
     config.train_split = "nope"
     (problem,) = config.problems()
     assert problem.key == "dataset.info" and "no split nope; there are training, validation, train" in problem.reason

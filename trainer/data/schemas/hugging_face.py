@@ -38,6 +38,8 @@ class HuggingFaceConfig(DatasetConfig):
         )  # fmt: skip
 
     def facts(self) -> Facts:
+        if not self.path:  # the hub would be asked for a dataset called "None"
+            return Facts()
         train, val = self.build("train"), self.build("val")
         return Facts(num_classes=len(train.classes), num_train=len(train), num_val=len(val))
 
