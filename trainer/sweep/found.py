@@ -189,6 +189,8 @@ def last_row(path: Path, wanted: str = "", *, tail: int = 65_536) -> dict[str, A
 
 def number(value: Any) -> float | None:
     """`value` where it is a finite number: JSON has none for NaN, which a diverged run ends with."""
+    if type(value) is float:  # nearly all of them, and there are very many
+        return value if math.isfinite(value) else None
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 

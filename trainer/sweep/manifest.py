@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,11 @@ class Manifest:
     def save(self, *, durable: bool = True) -> None:
         """Replace the file in one step: a reader sees the old manifest or the new one, never half of it. What a power cut may
         take back, as the run directories know it too, need not be `durable`."""
-        content = {key: value for key, value in asdict(self).items() if key != "path"}
-        order = ["version", "sweep", "name", "created", "cwd", "argv", "launcher", "settings", "search", "base", "jobs"]
-        write_atomically(
-            self.path / FILE, json.dumps({key: content[key] for key in order}, indent=1, ensure_ascii=False) + "\n", durable=durable
-        )
+        head = ["version", "sweep", "name", "created", "cwd", "argv", "launcher", "settings", "search", "base"]
+        lines = [f" {_json(key)}: {_json(getattr(self, key))}," for key in head]
+        jobs = ",\n".join(f"  {_json(vars(job))}" for job in self.jobs)  # a line each: it is written whenever one starts or ends
+        text = "\n".join(["{", *lines, ' "jobs": [', *([jobs] if jobs else []), " ]", "}"])
+        write_atomically(self.path / FILE, f"{text}\n", durable=durable)
 
     @property
     def root(self) -> Path:
@@ -127,6 +127,10 @@ class Manifest:
 
     def directory(self, job: Job) -> RunDirectory:
         return RunDirectory(self.root / job.directory)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 _MEND = "restore it, or start the sweep's command line again: jobs that are finished are not run again"

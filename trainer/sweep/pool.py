@@ -70,6 +70,7 @@ class Pool:
         self._stopped_at: float | None = None
         self._canary: Job | None = None
         self._rest = b""
+        self._unsaved = False  # whether the manifest on disk lacks how a job has ended
 
     def run(self, jobs: Sequence[Job]) -> int:
         """The exit code: 0 if every job is completed, else that of the first that is not."""
@@ -106,6 +107,8 @@ class Pool:
         while True:
             self._feed()
             self._fill(line)
+            if self._unsaved:
+                self._save()
             if not self.running and not (self.queue and not self.signals):
                 return
             if waiting.select(timeout=_ASKING):
@@ -133,7 +136,7 @@ class Pool:
         slot = self.slots.popleft()
         job.attempts += 1
         self._note(job, "running", None)
-        self.manifest.save(durable=False)  # before it starts: a launcher killed in between has started nothing
+        self._save()  # before it starts: a launcher killed in between has started nothing
         self.running[job.index] = Running(job, slot, since=time.monotonic())
         request = {
             "job": job.index, "directory": str(self.manifest.directory(job)), "log": str(self.log_of(job)),
@@ -188,7 +191,7 @@ class Pool:
         self.codes[job.index] = code if code >= 0 else 128 - code
         state, reason = explain_end(directory, code, self.log_of(job), cancelled=running.told and not self.signals)
         self._note(job, state, reason)
-        self.manifest.save(durable=False)
+        self._unsaved = True  # with the start of the job that takes its slot, so that this one does not wait for two of them
         self.say(f"{self._name(job)} {describe(directory, State(state, reason))}, after {time.monotonic() - running.since:.0f} s")
         if state == "failed":
             self.say(f"    {self.log_of(job)} has the rest")
@@ -203,7 +206,7 @@ class Pool:
             job = self.queue.popleft()
             self._note(job, "held", "the first job did not get far enough (hydra.launcher.canary)")
             self.codes.setdefault(job.index, 1)
-        self.manifest.save(durable=False)
+        self._save()
         self.say("the other jobs are held; python -m trainer resume starts them all the same")
 
     def _look_around(self) -> None:
@@ -233,7 +236,7 @@ class Pool:
             if index in wanted:
                 running.told = True
                 self._send(running, signal.SIGTERM)
-        self.manifest.save(durable=False)
+        self._save()
 
     # Signals
 
@@ -262,6 +265,10 @@ class Pool:
         if running.pid:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(running.pid, signal.SIGKILL)
+
+    def _save(self) -> None:
+        self.manifest.save(durable=False)
+        self._unsaved = False
 
     def _note(self, job: Job, state: str, reason: str | None) -> None:
         job.state, job.reason = state, reason

@@ -9,15 +9,18 @@ It holds no state worth keeping, and ends, with all jobs, when the launcher that
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import selectors
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer.rundir import RunDirectory
 from trainer.surroundings import end_with_parent
@@ -27,7 +30,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(argv: list[str], preloaded: Sequence[str] = PRELOADED, be: Callable[[RunDirectory], int] | None = None) -> int:
-    """Serve until the other end of the socket closes. `be` runs one job, in its process; the default is to train."""
+    """Serve until the other end of the socket closes. `be` runs one job, in its process; the default is to train. Returns in the
+    server only."""
     end_with_parent()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # they are for the jobs
@@ -38,7 +42,7 @@ def main(argv: list[str], preloaded: Sequence[str] = PRELOADED, be: Callable[[Ru
         request = _serve(line)
         if request is None:
             return 0
-    return _be(request, be)  # in a child
+    _leave(_be(request, be))  # in a child
 
 
 def _serve(line: socket.socket) -> dict[str, Any] | None:
@@ -92,6 +96,17 @@ def _be(request: Mapping[str, Any], be: Callable[[RunDirectory], int] | None) ->
     from trainer.launch.door import guarded
 
     return guarded(lambda: go_on(RunDirectory(request["directory"])))
+
+
+def _leave(code: int) -> NoReturn:
+    """End a forked process as multiprocessing does: what was promised for the end is done, but what was imported is not taken down
+    object by object. That writes to every page shared with the server, which copies it: a second of a job's slot."""
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the disk of the log is full: that is no failure of the job
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

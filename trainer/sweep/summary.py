@@ -59,17 +59,14 @@ def row_of(run: Run, label: str) -> dict[str, Any]:
 def epochs_of(path: Path) -> Iterator[dict[str, float | None]]:
     """Epoch, mean loss and seconds of each row of an epochs.csv; nothing where there is none."""
     try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
-    except OSError:
+        head, *rows = csv.reader(path.read_text().splitlines())
+    except (OSError, ValueError):
         return
+    places = [head.index(name) if name in head else len(head) for name in ("epoch", "train/loss", "seconds", "epoch_seconds")]
     before = 0.0
     for row in rows:
-        seconds = _float(row.get("seconds"))
-        taken = _float(row.get("epoch_seconds"))
-        yield {
-            "epoch": _float(row.get("epoch")), "loss": _float(row.get("train/loss")),
-            "seconds": taken if taken is not None or seconds is None else round(seconds - before, 3),
-        }  # fmt: skip
+        epoch, loss, seconds, taken = (_float(row[place]) if place < len(row) else None for place in places)
+        yield {"epoch": epoch, "loss": loss, "seconds": taken if taken is not None or seconds is None else round(seconds - before, 3)}
         before = seconds or before
 
 
@@ -87,9 +84,11 @@ def as_json(verdict: Verdict, rows: Sequence[dict[str, Any]]) -> str:
         "title": verdict.title, "metric": verdict.main.name, "mode": "max" if verdict.main.higher_is_better else "min",
         "total": len(rows), "states": Counter(row["state"] for row in rows), "succeeded": sum(row["succeeded"] for row in rows),
         "failed": sum(row["state"] == "failed" for row in rows), "total_seconds": round(sum(times), 3),
-        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "runs": list(rows),
+        "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in content.items()]
+    runs = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)  # a line each
+    return "\n".join(["{", *lines, ' "runs": [', runs, " ]", "}"]) + "\n"
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 import time
 
 from trainer.errors import Diverged, Interrupted, Stopped
@@ -12,7 +14,7 @@ from trainer.launch.door import guarded
 from trainer.rundir import RunDirectory
 from trainer.sweep import server
 
-SCRIPT, RAN, CORES = "job", "ran", "cores"
+SCRIPT, RAN, CORES, LEFT = "job", "ran", "cores", "left"
 
 
 def die_after_writing(files: int) -> None:
@@ -49,6 +51,9 @@ def _be(directory: RunDirectory) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "raise":
             raise RuntimeError("the weights are gone")
+        if what == "promise":
+            atexit.register((directory.path / LEFT).write_text, "at the end")
+            threading.Timer(0.2, print, ["a thread has ended"]).start()
         if what == "diverge":
             raise Diverged("nan")
         end = time.monotonic() + (60 if what == "after" else float(argument or 0))

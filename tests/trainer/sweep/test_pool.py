@@ -64,6 +64,13 @@ def test_one_crash_touches_no_other(sweep):
     assert any("[2] seed=2 failed: RuntimeError: the weights are gone" in line for line in said)
 
 
+def test_a_job_does_what_it_has_promised_for_its_end(sweep):
+    manifest = sweep("promise")
+    assert run(manifest) == 0
+    assert (manifest.directory(manifest.jobs[0]).path / light.LEFT).read_text() == "at the end"
+    assert "a thread has ended" in (manifest.path / "logs" / "0000.log").read_text()
+
+
 @pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "preempted")])
 def test_a_signal_stops_all_of_them(sweep, number, code, state):
     manifest = sweep("work 60", "work 60", "work 60")
