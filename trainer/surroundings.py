@@ -243,6 +243,17 @@ def granted_cores() -> float:
         return float("inf")
 
 
+def emulates_bf16() -> bool:
+    """Whether bfloat16 on this CPU takes several times as long as fp32: oneDNN has no kernels for it on an x86 without AVX-512 (or
+    AVX-NE-CONVERT). False where that cannot be told."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = next((set(line.split()) for line in file if line.startswith("flags")), set())
+    except OSError:
+        return False
+    return "sse2" in flags and not {"avx512bw", "avx512vl", "avx512dq"} <= flags and "avx_ne_convert" not in flags
+
+
 def die_with_parent() -> None:
     """Ask the kernel to end this process when the launcher that started it is gone. Nothing happens where it was started otherwise.
 

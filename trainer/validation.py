@@ -17,7 +17,7 @@ from trainer.config import DatasetConfig, Facts, LrScaling, ModelConfig, RunConf
 from trainer.config.fields import MISSING, field_problems, schemas
 from trainer.config.stages import in_stage, length_problems
 from trainer.errors import ConfigError, Problem
-from trainer.surroundings import num_ranks, surroundings, usable_cores, visible_gpus
+from trainer.surroundings import emulates_bf16, num_ranks, surroundings, usable_cores, visible_gpus
 
 Rule = Callable[[RunConfig, Facts], Iterator[Problem]]
 
@@ -249,13 +249,10 @@ def _pass_length(run: RunConfig, num_train: int) -> int:
 # What works, but perhaps not as hoped
 
 
-def warnings_of(run: RunConfig) -> Iterator[str]:
-    """What a user should know before the run, one line each."""
-    if run.precision.autocast == "float16" and not visible_gpus():
-        yield "precision.autocast=float16: there is no GPU, and a CPU gains nothing from it; precision=bf16 keeps the range of fp32"
-    workers, cores = run.dataset.num_workers, usable_cores()
-    if isinstance(workers, int) and workers * num_ranks(run.distributed) > cores:
-        yield f"dataset.num_workers={workers}: more processes than the {cores} cores there are; dataset.num_workers=auto fits them"
+def warnings_of(run: RunConfig, *, here: bool = True) -> Iterator[str]:
+    """What a user should know before the run, one line each. `here`: it runs on this host, or one like it."""
+    if here:
+        yield from _warnings_of_host(run)
     default = next(f.default for f in dataclasses.fields(run.optimizer) if f.name == "base_batch_size")
     if run.optimizer.lr_scaling is LrScaling.none and run.optimizer.base_batch_size != default:
         yield f"optimizer.base_batch_size={run.optimizer.base_batch_size}: has no effect without optimizer.lr_scaling=linear or sqrt"
@@ -266,6 +263,17 @@ def warnings_of(run: RunConfig) -> Iterator[str]:
         yield f"loop.freeze_to={run.loop.freeze_to}: what it freezes is untrained, as neither init_from nor model.pretrained is set"
     if run.init_from is not None and run.model.pretrained:
         yield f"init_from={run.init_from}: replaces the weights that model.pretrained=true fetches"
+
+
+def _warnings_of_host(run: RunConfig) -> Iterator[str]:
+    if run.precision.autocast is not None and not visible_gpus():
+        if run.precision.autocast == "float16":
+            yield "precision.autocast=float16: there is no GPU, and a CPU gains nothing from it; precision=bf16 keeps the range of fp32"
+        elif emulates_bf16():
+            yield "precision.autocast=bfloat16: this CPU has to emulate it (it lacks AVX-512), several times slower than precision=fp32"
+    workers, cores = run.dataset.num_workers, usable_cores()
+    if isinstance(workers, int) and workers * num_ranks(run.distributed) > cores:
+        yield f"dataset.num_workers={workers}: more processes than the {cores} cores there are; dataset.num_workers=auto fits them"
 
 
 def _offers(kind: type[Any]) -> frozenset[str]:

@@ -117,20 +117,23 @@ def test_two_arms_of_three_seeds_with_everything_that_happens(slurm, environment
     jobs = manifest.jobs
     of = [manifest.directory(job) for job in jobs]
 
-    def running(index: int) -> None:
-        slurm.until(lambda: steps(of[index]) >= 2, f"job {index} at step 2", 900)
+    left = {
+        0: lambda: slurm("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"),
+        2: lambda: slurm("scontrol", "requeue", str(jobs[2].job_id)),
+        3: lambda: slurm("scancel", "--signal=USR1", str(jobs[3].job_id)),
+        4: lambda: os.kill(of[4].read_status()["pid"], signal.SIGKILL),
+        5: lambda: slurm("scancel", str(jobs[5].job_id)),
+    }
 
-    running(0)
-    slurm("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    slurm.until(lambda: of[0].read_status()["state"] == "preempted", "job 0 preempted")
-    running(2)
-    slurm("scontrol", "requeue", str(jobs[2].job_id))
-    running(3)
-    slurm("scancel", "--signal=USR1", str(jobs[3].job_id))
-    running(4)
-    os.kill(of[4].read_status()["pid"], signal.SIGKILL)
-    running(5)
-    slurm("scancel", str(jobs[5].job_id))
+    def interrupted() -> bool:
+        """Each when it has come to step 2, in whatever order that is: none may end in the meantime."""
+        for index in [index for index in left if steps(of[index]) >= 2]:
+            left.pop(index)()
+            if index == 0:
+                slurm.until(lambda: of[0].read_status()["state"] == "preempted", "job 0 preempted")
+        return not left
+
+    slurm.until(interrupted, "all interrupted", 1200)
     slurm.comes(str(jobs[4].job_id), "FAILED", seconds=120)
     for index in (0, 1, 2, 3):
         if "PENDING" in slurm("squeue", "-h", "-r", "-o", "%T", "-j", str(jobs[index].job_id)):

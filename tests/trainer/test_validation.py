@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainer.config import RunConfig
 from trainer.data.order import Order
 from trainer.errors import ConfigError, Problem
 from trainer.launch.compose import compose_run
-from trainer.surroundings import surroundings
+from trainer.surroundings import emulates_bf16, surroundings
 from trainer.validation import problems_of, steps_per_epoch, validate, warnings_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,23 +207,34 @@ def test_batch_statistics_are_synchronised_on_gpus_only(sound, ranks):
     ("changes", "says"),
     [
         ({"precision__autocast": "float16"}, "no GPU"),
+        ({"precision__autocast": "bfloat16"}, "emulate"),
         ({"dataset__num_workers": 4096}, "more processes than"),
         ({"optimizer__base_batch_size": 64}, "no effect"),
         ({"logger__wandb__watch": True}, "W&B is off"),
         ({"model__pretrained": True, "init_from": "timm:pretrained"}, "replaces the weights"),
     ],
 )
-def test_a_warning_is_no_error(sound, ranks, changes, says):
+def test_a_warning_is_no_error(sound, ranks, monkeypatch, changes, says):
     ranks(1, gpus=0)
+    monkeypatch.setattr(validation, "emulates_bf16", lambda: True)
     run = changed(sound, **changes)
     assert not told(run)
     (warning,) = warnings_of(run)
     assert says in warning
+    of_host = changes.keys() & {"precision__autocast", "dataset__num_workers"}
+    assert list(warnings_of(run, here=False)) == ([] if of_host else [warning])  # a login node is no compute node
 
 
 def test_half_precision_on_a_gpu_is_fine(sound, ranks):
     ranks(1, gpus=1)
     assert not list(warnings_of(changed(sound, precision__autocast="float16")))
+
+
+def test_what_torch_says_of_bf16_is_what_we_say():
+    import torch
+
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else True
+    assert emulates_bf16() == (platform.machine() == "x86_64" and not supported)
 
 
 # Data on disk

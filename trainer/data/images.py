@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -62,6 +63,44 @@ def decode(image: Image, name: str, *, least: int | None = None) -> Image:
         return to_rgb(image)
     except Exception as error:  # as above; MemoryError and "image file is truncated" among them
         raise BadSample(name, f"cannot be decoded: {error}") from None
+
+
+def load_down_to(image: Image, bottom: int) -> None:
+    """Read an opened JPEG until its rows above `bottom` are there, or further; what is below is then black or unread. A file
+    that does not end as a JPEG ends is read whole, so that one that was cut off is found out wherever the rows lie.
+
+    A decoder unpacks every bit from the first to the last row that is wanted: not going on is all that can be saved.
+    """
+    file = getattr(image, "fp", None)
+    if bottom >= image.height * _NEARLY_ALL or not isinstance(file, io.BytesIO) or file.getbuffer()[-2:] != b"\xff\xd9":
+        image.load()
+        return
+
+    length = len(file.getbuffer())
+    blocks = itertools.chain([round(length * _BEFORE * bottom / image.height)], itertools.repeat(max(length // _LOOKS, 1024)))
+
+    def more(count: int) -> bytes:
+        # Rows are written from the top, over zeros: when the one below shows anything, all above are there.
+        if image.im.crop((0, bottom, image.width, bottom + 1)).getbbox() is not None:
+            raise _Enough
+        return file.read(next(blocks))
+
+    image.load_read = more  # type: ignore[attr-defined]
+    try:
+        image.load()
+    except _Enough:
+        image.tile = []  # type: ignore[attr-defined]  (nothing more is to be read)
+    finally:
+        del image.load_read  # type: ignore[attr-defined]  (it holds the image)
+
+
+_NEARLY_ALL = 0.9  # of the rows: for the rest it is not worth looking
+_BEFORE = 0.75  # of the share of a file that its rows' share lets expect: read before the first look
+_LOOKS = 32  # how many blocks a file is then read in
+
+
+class _Enough(Exception):
+    """Leaves Pillow's loop over a file's blocks."""
 
 
 def to_rgb(image: Image) -> Image:

@@ -87,7 +87,7 @@ def plan(overrides: Sequence[str], config_dir: str | None = None) -> Plan | None
     if problems:
         raise ConfigError(*problems[:MOST_PROBLEMS])
     _refuse_twins(jobs)
-    return Plan(base, jobs, launcher, settings, run or jobs[0].run, _warnings(jobs))
+    return Plan(base, jobs, launcher, settings, run or jobs[0].run, _warnings(jobs, launcher))
 
 
 def _partition(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -267,7 +267,8 @@ def _refuse_twins(jobs: Sequence[Planned]) -> None:
         seen[path] = job
 
 
-def _warnings(jobs: Sequence[Planned]) -> list[str]:
+def _warnings(jobs: Sequence[Planned], launcher: str) -> list[str]:
     from trainer.validation import warnings_of
 
-    return list(dict.fromkeys(warning for job in jobs for warning in warnings_of(job.run)))
+    here = launcher == "local"
+    return list(dict.fromkeys(warning for job in jobs for warning in warnings_of(job.run, here=here)))

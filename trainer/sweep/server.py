@@ -40,9 +40,9 @@ def main(argv: list[str], preloaded: Sequence[str] = PRELOADED, be: Callable[[Ru
             import_module(module)
         _say(line, {"ready": os.getpid()})
         request = _serve(line)
-        if request is None:
-            return 0
-    _leave(_be(request, be))  # in a child
+    if request is not None:  # in a child
+        _leave(_be(request, be))
+    return 0
 
 
 def _serve(line: socket.socket) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.data.images import to_rgb
+from trainer.data.images import load_down_to, to_rgb
 from trainer.data.source import BadSample
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Cut:
             gap: a JPEG that has been opened but not read is decoded at 1/2, 1/4 or 1/8 of its size, as long as the box
                 keeps `gap` times as many pixels a side as the result has.
         """
-        image, scale = decoded(image, self.magnification / gap)
+        image, scale = decoded(image, self.magnification / gap, bottom=self.box[3])
         return self.at(scale).resized(image, bicubic=bicubic)
 
     def resized(self, image: Image | np.ndarray, *, bicubic: bool = False) -> Tensor:
@@ -147,11 +147,12 @@ def resize_shorter(image: Image | np.ndarray, size: int, *, gap: float, bicubic:
     return resize(pixels.permute(2, 0, 1), (max(size, round(height * factor)), max(size, round(width * factor))), bicubic=bicubic)
 
 
-def decoded(image: Image | np.ndarray, shrinks: float) -> tuple[Image | np.ndarray, int]:
+def decoded(image: Image | np.ndarray, shrinks: float, *, bottom: int | None = None) -> tuple[Image | np.ndarray, int]:
     """An image with its pixels read, RGB or an array of uint8 or float32, and n: it is 1/n of its size now.
 
     Args:
         shrinks: how many times smaller the image may come. Only a JPEG that has been opened and not read does.
+        bottom: rows of such a JPEG, counted at its full size, from which on none is needed; they may be missing then.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
@@ -163,6 +164,7 @@ def decoded(image: Image | np.ndarray, shrinks: float) -> tuple[Image | np.ndarr
             fits = next((s for s in SCALES if s <= shrinks), 1)
             if fits > 1 and image.draft(None, (image.width // fits, image.height // fits)) is not None:
                 scale = fits
+            load_down_to(image, image.height if bottom is None else -(-bottom // scale))
         image.load()
         return to_rgb(image), scale
     except Exception as error:  # decoders raise anything on malformed data; MemoryError among them
