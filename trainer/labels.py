@@ -52,15 +52,17 @@ class Labelled(Mean):
         return {name: value for name, value in scores.items() if name not in DETAILS}
 
     def report(self) -> Report:
-        index, labels, predicted = (self.column(name).long() for name in ("index", "label", "predicted"))
-        confidence = self.column("confidence")
-        rows = zip(index.tolist(), labels.tolist(), predicted.tolist(), confidence.tolist(), strict=True)
-        samples = [
-            {"index": i, "label": self.classes[y], "predicted": self.classes[p], "confidence": c, "correct": y == p} for i, y, p, c in rows
-        ]
-        counts = confusion(labels, predicted, len(self.classes))
-        tables = {"classes": class_table(counts, self.classes)} if len(labels) else {}
-        return Report(samples=samples, tables=tables, matrices={"confusion": (self.classes, counts.tolist())})
+        return label_report(*(self.column(name) for name in ("index", *DETAILS)), self.classes)
+
+
+def label_report(index: Tensor, label: Tensor, predicted: Tensor, confidence: Tensor, classes: Sequence[str]) -> Report:
+    """What became of every image and class, from columns [N] of places in the dataset, labels, predictions and their probabilities."""
+    places, labels, guesses = (column.long() for column in (index, label, predicted))
+    rows = zip(places.tolist(), labels.tolist(), guesses.tolist(), confidence.tolist(), strict=True)
+    samples = [{"index": i, "label": classes[y], "predicted": classes[p], "confidence": c, "correct": y == p} for i, y, p, c in rows]
+    counts = confusion(labels, guesses, len(classes))
+    tables = {"classes": class_table(counts, classes)} if len(labels) else {}
+    return Report(samples=samples, tables=tables, matrices={"confusion": (list(classes), counts.tolist())})
 
 
 def best_five(logits: Tensor, classes: Sequence[str], competing: Tensor | None = None) -> list[list[dict[str, Any]]]:

@@ -18,7 +18,8 @@ from torch import Tensor
 from tasks.part_discovery import scores
 from tasks.part_discovery.pictures import sheet
 from trainer.evaluation import all_cat
-from trainer.task import Batch
+from trainer.labels import DETAILS, label_report
+from trainer.task import Batch, Report
 
 if TYPE_CHECKING:
     from tasks.part_discovery.network import Found
@@ -69,6 +70,7 @@ class PartScores:
     def __init__(self, task: PartDiscovery) -> None:
         self.task = task
         self.rows = Rows()
+        self.gathered: dict[str, np.ndarray] = {}  # of all ranks, by `compute`
         self.shown: list[tuple[Tensor, Tensor]] = []  # image, maps
         given = task.cfg.part_thresholds
         self.thresholds = None if given is None else torch.tensor(given)
@@ -93,16 +95,20 @@ class PartScores:
         stages = {"": logits, "_stage1": found.logits} if self.task.model.stage_2 is not None else {"": logits}
         for stage, of in stages.items():
             of = of.float()
+            if self.task.competing is not None:
+                of = of.masked_fill(~self.task.competing, float("-inf"))
             columns[f"loss{stage}"] = F.cross_entropy(of, labels, reduction="none")
             columns[f"top1{stage}"] = of.argmax(1) == labels
             if of.shape[1] <= MOST_CLASSES:
                 columns[f"probability{stage}"] = of.softmax(1)
+            if not stage:
+                columns["confidence"], columns["predicted"] = of.softmax(1).max(1)
         if found.mask is not None:
             columns["seen_fraction"] = found.mask.hard.mean((1, 2))
         return columns
 
     def compute(self) -> dict[str, float]:
-        rows = self.rows.gather()
+        rows = self.gathered = self.rows.gather()
         if not rows:
             return {}
         found = {name: float(rows[name].mean()) for name in ("loss", "loss_stage1", "top1", "top1_stage1", "seen_fraction") if name in rows}
@@ -122,6 +128,12 @@ class PartScores:
 
     def _from_training(self, rows: Mapping[str, np.ndarray]) -> dict[str, float]:
         return {}
+
+    def report(self) -> Report:
+        """What the last stage made of each image and class."""
+        if not self.gathered:
+            return Report()
+        return label_report(*(torch.from_numpy(self.gathered[name]) for name in ("index", *DETAILS)), self.task.classes)
 
     def pictures(self) -> dict[str, Tensor]:
         if not self.shown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from tasks.part_discovery.network import Found, MaskedClassifier, PartFinder, Tw
 from tasks.part_discovery.turning import draw_turn
 from trainer.config import ParamRule, RunConfig
 from trainer.errors import ConfigError, Problem
+from trainer.labels import best_five
 from trainer.task import Batch, DataInfo, Evaluator, Progress, StepOutput, Task
 
 STAGES = ("stage_1", "stage_2")  # the terms that learn classes
@@ -52,7 +53,7 @@ def build(cfg: PartDiscoveryConfig, run: RunConfig, data: DataInfo) -> PartDisco
     if not isinstance(first, VisionTransformer):
         check_map(first, run, data.channels)
     return PartDiscovery(
-        model, cfg, seed=run.seed, image_size=run.dataset.image_size, num_classes=classes, colours=(run.dataset.mean, run.dataset.std),
+        model, cfg, seed=run.seed, image_size=run.dataset.image_size, classes=data.classes, colours=(run.dataset.mean, run.dataset.std),
         num_val=data.num_val, offers=run.dataset.offers,
     )  # fmt: skip
 
@@ -78,12 +79,13 @@ class PartDiscovery(Task):
     higher_is_better = True
 
     def __init__(
-        self, model: TwoStage, cfg: PartDiscoveryConfig, *, seed: int, image_size: int, num_classes: int,
+        self, model: TwoStage, cfg: PartDiscoveryConfig, *, seed: int, image_size: int, classes: Sequence[str],
         colours: tuple[Sequence[float], Sequence[float]], num_val: int = 0, offers: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
-        self.cfg, self.seed, self.image_size, self.num_classes = cfg, seed, image_size, num_classes
+        self.cfg, self.seed, self.image_size, self.classes = cfg, seed, image_size, list(classes)
+        self.competing: Tensor | None = None  # [C] bool; None = all classes
         self.colours, self.num_val, self.offers = colours, num_val, offers
         self.find_unused_parameters = cfg.stage_1_weight == 0  # its classifier has no other use
 
@@ -150,6 +152,20 @@ class PartDiscovery(Task):
 
     def features(self, images: Tensor) -> Tensor:
         return self.model.features(images)
+
+    def restrict(self, classes: Sequence[int]) -> None:
+        self.competing = torch.zeros(len(self.classes), dtype=torch.bool, device=next(self.parameters()).device)
+        self.competing[list(classes)] = True
+
+    def predict(self, batch: Batch) -> list[list[dict[str, Any]]]:
+        """The likeliest class of each image by the last stage, and which parts it shows, by the number of their places."""
+        found, logits = self.model.classify(batch["image"], batch.get("key"))
+        owners = found.maps.argmax(1).flatten(1)  # [N, h * w]
+        rows = best_five(logits, self.classes, self.competing)
+        for (row,), owner in zip(rows, owners, strict=True):
+            counts = torch.bincount(owner, minlength=self.cfg.num_parts + 1)[:-1].tolist()  # the last is the background
+            row["parts"] = "; ".join(f"{part}: {count}" for part, count in enumerate(counts) if count)
+        return rows
 
     def compiled_parts(self) -> Sequence[nn.Module]:
         """Blocks: a network's own forward pass is not what is called."""

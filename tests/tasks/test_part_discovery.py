@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -24,6 +25,8 @@ from tests.thresholds import LEARNS, PARTS_NMI, PARTS_TOP1
 from trainer.build import build_data, build_task
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError, Stopped
+from trainer.launch import evaluate as evaluate_verb
+from trainer.launch import predict as predict_verb
 from trainer.launch.compose import CONF, checked, compose, compose_run
 from trainer.run import loaders, train
 from trainer.rundir import RunDirectory
@@ -262,6 +265,33 @@ def test_it_learns(tmp_path):
     losses = rows(tmp_path, "train/loss")
     assert len(losses) == 30
     assert np.mean(losses[-5:]) < LEARNS * np.mean(losses[:5])
+
+
+def test_evaluate_and_predict_tell_the_class_and_the_parts_of_every_image(tmp_path, capsys):
+    done, images = tmp_path / "run", tmp_path / "images"
+    run(done, "loop.validate_every=1")
+    assert evaluate_verb.main([str(done), "checkpoint=last", "--name", "last"]) == 0
+    out = done / "evaluations" / "last"
+    scores = json.loads((out / "scores.json").read_text())
+    with open(out / "predictions.csv") as file:
+        told = list(csv.DictReader(file))
+    assert len(told) == 20
+    assert np.mean([row["correct"] == "True" for row in told]) == pytest.approx(scores["val/top1"])
+    assert (out / "confusion.csv").exists()
+    images.mkdir()
+    source = made().dataset.build("val")
+    for i in range(20):
+        source[i]["image"].save(images / f"{i:02}.png")
+    assert predict_verb.main([str(done), str(images), "checkpoint=last", "--out", str(tmp_path / "out")]) == 0
+    with open(tmp_path / "out" / "predictions.csv") as file:
+        found = list(csv.DictReader(file))
+    assert [row["predicted"] for row in found] == [row["predicted"] for row in told]
+    places = [sum(int(part.split(": ")[1]) for part in row["parts"].split("; ") if part) for row in found]
+    assert 0 < max(places) <= 16
+    two = ",".join(source.classes[:2])
+    assert predict_verb.main([str(done), str(images), "checkpoint=last", f"classes={two}", "--out", str(tmp_path / "two")]) == 0
+    with open(tmp_path / "two" / "predictions.csv") as file:
+        assert {row["predicted"] for row in csv.DictReader(file)} <= set(source.classes[:2])
 
 
 @pytest.mark.slow
