@@ -143,8 +143,9 @@ def test_the_boxes_of_digit_scenes_are_exact() -> None:
     assert set(counts) == {1, 2, 3, 4}
 
 
-def test_the_parts_of_digit_parts_lie_where_their_masks_are() -> None:
-    source = DigitPartsConfig(image_size=64, source_size=64, noise=0.0, num_train=80).build("train")
+@pytest.mark.parametrize(("share", "fewest", "most"), [(0.0, 0, 0), (0.2, 8, 24), (1.0, 80, 80)])
+def test_the_parts_of_digit_parts_lie_where_their_masks_are(share: float, fewest: int, most: int) -> None:
+    source = DigitPartsConfig(image_size=64, source_size=64, noise=0.0, num_train=80, hidden=share).build("train")
     hidden = 0
     for i in range(len(source)):
         sample = source[i]
@@ -158,7 +159,7 @@ def test_the_parts_of_digit_parts_lie_where_their_masks_are() -> None:
                 assert abs(columns.mean() - x) < 5 and abs(rows.mean() - y) < 5
         rows, columns = np.nonzero(mask)
         np.testing.assert_array_equal(sample["box"], [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-    assert 0 < hidden < 40
+    assert fewest <= hidden <= most
     assert len(source.classes) == 8 == len(set(source.classes))
 
 

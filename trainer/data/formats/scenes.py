@@ -125,6 +125,11 @@ class DigitParts(Composed):
     classes = tuple("".join(str(2 * part + bit) for part, bit in enumerate(bits)) for bits in BITS)
     part_names = PARTS
 
+    def __init__(self, split: str, *, num_samples: int, size: int, hidden: float, noise: float, seed: int) -> None:
+        super().__init__(split, num_samples=num_samples, size=size, noise=noise, seed=seed)
+        self.hidden = hidden
+        self.fingerprint = hashlib.sha256(f"{self.fingerprint} {hidden}".encode()).hexdigest()[:32]
+
     def __getitem__(self, index: int) -> Sample:
         random = self.random(index)
         canvas = self.background(random)
@@ -133,7 +138,7 @@ class DigitParts(Composed):
         reach = self.size * random.uniform(0.22, 0.28)  # from the middle of the figure to the middle of a part, in pixels
         middle = self.size / 2 + random.uniform(-0.08, 0.08, 2) * self.size
         turn = math.radians(random.uniform(-20, 20))
-        hidden = int(random.integers(4)) if random.random() < 0.2 else None
+        hidden = int(random.integers(4)) if random.random() < self.hidden else None
         parts = np.zeros((4, 3), dtype=np.float32)  # (x, y, visible)
         mask = np.zeros(canvas.shape[:2], dtype=np.uint8)
         for part, bit in enumerate(self.BITS[label]):

@@ -98,8 +98,11 @@ class DigitPartsConfig(ComposedConfig):
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label", "box", "parts", "mask"})
 
     num_train: int = setting(8000, "training samples", ge=1)
+    hidden: float = setting(0.1, "share of figures that lack one of their digits", ge=0, le=1)
 
     def build(self, split: str) -> Source:
         from trainer.data.formats.scenes import DigitParts
 
-        return DigitParts(split, num_samples=self.count(split), size=self.source_size, noise=self.noise, seed=self.seed)
+        return DigitParts(
+            split, num_samples=self.count(split), size=self.source_size, hidden=self.hidden, noise=self.noise, seed=self.seed
+        )
