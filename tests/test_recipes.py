@@ -72,7 +72,7 @@ def test_growing_images_learn_as_well_in_less_time(shared_data: RealData, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize(("recipe", "model"), [("mae_cifar10", "vit_micro")])
+@pytest.mark.parametrize(("recipe", "model"), [("mae_cifar10", "vit_micro"), ("dino_cifar10", "resnet_micro")])
 def test_what_is_learned_without_labels_is_of_use(recipe: str, model: str, shared_data: RealData, tmp_path: Path):
     """Nearest neighbours against the untrained network's, and fine-tuning against as many steps from scratch."""
     from tests import thresholds
