@@ -30,7 +30,7 @@ SWEEP_SECONDS_PER_JOB = 0.03  # of CPU, to compose and check a job of a sweep; i
 CIFAR_TOP1 = 0.82  # aimed at by experiment=cifar10_resnet, from 10,000 images
 GROWING_POINTS = 0.02  # promised of experiment=progressive_resizing: within two points of it
 GROWING_SECONDS = 0.7  # and of its time; the arithmetic alone is 0.604
-UNLABELLED_POINTS = 0.08  # promised of experiment=mae_cifar10 and dino_cifar10: nearest neighbours over the untrained network's; measured 0.11, 0.09
+UNLABELLED_POINTS = 0.08  # promised of mae_cifar10 and dino_cifar10: nearest neighbours over the untrained network's; measured 0.11, 0.09
 TEACHER_POINTS = 0.005  # experiment=kd_cifar10 is promised to beat the student alone; measured 0.037, three seeds
 FILLS_IN = 0.92  # loss of MAE after 40 steps on digits; to predict the mean of every patch costs 0.954, measured 0.87
 

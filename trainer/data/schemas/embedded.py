@@ -103,6 +103,4 @@ class DigitPartsConfig(ComposedConfig):
     def build(self, split: str) -> Source:
         from trainer.data.formats.scenes import DigitParts
 
-        return DigitParts(
-            split, num_samples=self.count(split), size=self.source_size, hidden=self.hidden, noise=self.noise, seed=self.seed
-        )
+        return DigitParts(split, num_samples=self.count(split), size=self.source_size, hidden=self.hidden, noise=self.noise, seed=self.seed)
