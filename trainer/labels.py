@@ -52,13 +52,13 @@ class Labelled(Mean):
         return {name: value for name, value in scores.items() if name not in DETAILS}
 
     def report(self) -> Report:
-        return label_report(*(self.column(name) for name in ("index", *DETAILS)), self.classes)
+        return label_report({name: self.column(name) for name in ("index", *DETAILS)}, self.classes)
 
 
-def label_report(index: Tensor, label: Tensor, predicted: Tensor, confidence: Tensor, classes: Sequence[str]) -> Report:
-    """What became of every image and class, from columns [N] of places in the dataset, labels, predictions and their probabilities."""
-    places, labels, guesses = (column.long() for column in (index, label, predicted))
-    rows = zip(places.tolist(), labels.tolist(), guesses.tolist(), confidence.tolist(), strict=True)
+def label_report(columns: Mapping[str, Tensor], classes: Sequence[str]) -> Report:
+    """What became of every image and class; `columns` [N]: `index` in the dataset, and `DETAILS`."""
+    places, labels, guesses = (columns[name].long() for name in ("index", "label", "predicted"))
+    rows = zip(places.tolist(), labels.tolist(), guesses.tolist(), columns["confidence"].tolist(), strict=True)
     samples = [{"index": i, "label": classes[y], "predicted": classes[p], "confidence": c, "correct": y == p} for i, y, p, c in rows]
     counts = confusion(labels, guesses, len(classes))
     tables = {"classes": class_table(counts, classes)} if len(labels) else {}

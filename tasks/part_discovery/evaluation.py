@@ -133,7 +133,7 @@ class PartScores:
         """What the last stage made of each image and class."""
         if not self.gathered:
             return Report()
-        return label_report(*(torch.from_numpy(self.gathered[name]) for name in ("index", *DETAILS)), self.task.classes)
+        return label_report({name: torch.from_numpy(self.gathered[name]) for name in ("index", *DETAILS)}, self.task.classes)
 
     def pictures(self) -> dict[str, Tensor]:
         if not self.shown:
