@@ -9,9 +9,12 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import StorageError
 
@@ -40,6 +43,18 @@ def write_atomically(path: Path, data: bytes | str, *, durable: bool = True) -> 
         with contextlib.suppress(OSError):
             partial.unlink()
         raise storage_error(path, error) from error
+
+
+def json_by_lines(head: Mapping[str, Any], name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a JSON object: a line for each entry of `head`, then the list `name` with a line for each row. As readable as
+    indented, and several times as fast, as Python's encoder in C does not indent."""
+
+    def text(value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    lines = [f" {text(key)}: {text(value)}," for key, value in head.items()]
+    listed = ",\n".join(f"  {text(row)}" for row in rows)
+    return "\n".join(["{", *lines, f" {text(name)}: [", *([listed] if listed else []), " ]", "}"]) + "\n"
 
 
 def partial_path(path: Path) -> Path:

@@ -26,8 +26,7 @@ def label_scores(logits: Tensor, batch: Batch, competing: Tensor | None = None) 
     there too; NaN for an image for which none is.
     """
     labels, logits = batch["label"], logits.float()
-    if competing is not None:
-        logits = logits.masked_fill(~competing, float("-inf"))
+    logits = among(logits, competing)
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [N, 5]
     hits = ranked == labels.unsqueeze(1)
     scores = {"loss": F.cross_entropy(logits, labels, reduction="none"), "top1": hits[:, 0].float(), "top5": hits.any(1).float()}
@@ -36,6 +35,18 @@ def label_scores(logits: Tensor, batch: Batch, competing: Tensor | None = None) 
         scores[REAL] = right.where((batch["real"] > 0).any(1), float("nan"))
     confidence = logits.softmax(1).gather(1, ranked[:, :1])[:, 0]
     return {**scores, "label": labels, "predicted": ranked[:, 0], "confidence": confidence}
+
+
+def competitors(places: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Which of `count` classes may win, bool [count]: those at these places."""
+    competing = torch.zeros(count, dtype=torch.bool, device=device)
+    competing[list(places)] = True
+    return competing
+
+
+def among(logits: Tensor, competing: Tensor | None) -> Tensor:
+    """Logits [N, C] of which only the classes of `competing` [C] bool can win; None = all."""
+    return logits if competing is None else logits.masked_fill(~competing, float("-inf"))
 
 
 class Labelled(Mean):
@@ -67,9 +78,7 @@ def label_report(columns: Mapping[str, Tensor], classes: Sequence[str]) -> Repor
 
 def best_five(logits: Tensor, classes: Sequence[str], competing: Tensor | None = None) -> list[list[dict[str, Any]]]:
     """`Task.predict` of logits [N, C]: the likeliest class of each image, its probability, and the likeliest five."""
-    logits = logits.float()
-    if competing is not None:
-        logits = logits.masked_fill(~competing, float("-inf"))
+    logits = among(logits.float(), competing)
     values, places = logits.softmax(1).topk(min(5, logits.shape[1]), dim=1)  # [N, 5]
     found = []
     for shares, labels in zip(values.tolist(), places.tolist(), strict=True):

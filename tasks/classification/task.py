@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tasks.classification.config import ClassificationConfig
 from tasks.classification.losses import binary_cross_entropy, divergence
-from trainer.labels import Labelled, best_five, label_scores
+from trainer.labels import Labelled, best_five, competitors, label_scores
 from trainer.task import Batch, Progress, StepOutput, Task
 
 
@@ -92,9 +92,7 @@ class Classification(Task):
         return torch.stack([self.model(view).float().log_softmax(1) for view in views]).logsumexp(0)
 
     def restrict(self, classes: Sequence[int]) -> None:
-        device = next(self.model.parameters()).device
-        self.competing = torch.zeros(len(self.classes), dtype=torch.bool, device=device)
-        self.competing[list(classes)] = True
+        self.competing = competitors(classes, len(self.classes), next(self.model.parameters()).device)
 
     def predict(self, batch: Batch) -> list[list[dict[str, Any]]]:
         return best_five(self.logits(batch["image"]), self.classes, self.competing)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tasks.kd import losses
 from tasks.kd.config import KdConfig
 from trainer.evaluation import Mean
-from trainer.labels import Labelled, best_five, label_scores
+from trainer.labels import Labelled, best_five, competitors, label_scores
 from trainer.probe import features_and_output
 from trainer.task import Batch, Progress, StepOutput, Task
 
@@ -113,8 +113,7 @@ class Kd(Task):
         return {"loss": self._weighted(self._student(batch["image"]), batch["image"])} if self.teachers else {}
 
     def restrict(self, classes: Sequence[int]) -> None:
-        self.competing = torch.zeros(len(self.classes), dtype=torch.bool, device=next(self.model.parameters()).device)
-        self.competing[list(classes)] = True
+        self.competing = competitors(classes, len(self.classes), next(self.model.parameters()).device)
 
     def predict(self, batch: Batch) -> Sequence[Sequence[Mapping[str, Any]]]:
         return best_five(self.model(batch["image"]), self.classes, self.competing)

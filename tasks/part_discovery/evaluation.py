@@ -18,7 +18,7 @@ from torch import Tensor
 from tasks.part_discovery import scores
 from tasks.part_discovery.pictures import sheet
 from trainer.evaluation import all_cat
-from trainer.labels import DETAILS, label_report
+from trainer.labels import DETAILS, among, label_report
 from trainer.task import Batch, Report
 
 if TYPE_CHECKING:
@@ -94,15 +94,14 @@ class PartScores:
             columns["group"] = batch["group"]
         stages = {"": logits, "_stage1": found.logits} if self.task.model.stage_2 is not None else {"": logits}
         for stage, of in stages.items():
-            of = of.float()
-            if self.task.competing is not None:
-                of = of.masked_fill(~self.task.competing, float("-inf"))
+            of = among(of.float(), self.task.competing)
+            probabilities = of.softmax(1)
             columns[f"loss{stage}"] = F.cross_entropy(of, labels, reduction="none")
             columns[f"top1{stage}"] = of.argmax(1) == labels
             if of.shape[1] <= MOST_CLASSES:
-                columns[f"probability{stage}"] = of.softmax(1)
+                columns[f"probability{stage}"] = probabilities
             if not stage:
-                columns["confidence"], columns["predicted"] = of.softmax(1).max(1)
+                columns["confidence"], columns["predicted"] = probabilities.max(1)
         if found.mask is not None:
             columns["seen_fraction"] = found.mask.hard.mean((1, 2))
         return columns

@@ -20,7 +20,7 @@ from tasks.part_discovery.network import Found, MaskedClassifier, PartFinder, Tw
 from tasks.part_discovery.turning import draw_turn
 from trainer.config import ParamRule, RunConfig
 from trainer.errors import ConfigError, Problem
-from trainer.labels import best_five
+from trainer.labels import best_five, competitors
 from trainer.task import Batch, DataInfo, Evaluator, Progress, StepOutput, Task
 
 STAGES = ("stage_1", "stage_2")  # the terms that learn classes
@@ -154,8 +154,7 @@ class PartDiscovery(Task):
         return self.model.features(images)
 
     def restrict(self, classes: Sequence[int]) -> None:
-        self.competing = torch.zeros(len(self.classes), dtype=torch.bool, device=next(self.parameters()).device)
-        self.competing[list(classes)] = True
+        self.competing = competitors(classes, len(self.classes), next(self.parameters()).device)
 
     def predict(self, batch: Batch) -> list[list[dict[str, Any]]]:
         """The likeliest class of each image by the last stage, and which parts it shows, by the number of their places."""

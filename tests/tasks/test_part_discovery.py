@@ -267,7 +267,7 @@ def test_it_learns(tmp_path):
     assert np.mean(losses[-5:]) < LEARNS * np.mean(losses[:5])
 
 
-def test_evaluate_and_predict_tell_the_class_and_the_parts_of_every_image(tmp_path, capsys):
+def test_evaluate_and_predict_tell_the_class_and_the_parts_of_every_image(tmp_path):
     done, images = tmp_path / "run", tmp_path / "images"
     run(done, "loop.validate_every=1")
     assert evaluate_verb.main([str(done), "checkpoint=last", "--name", "last"]) == 0

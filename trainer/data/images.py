@@ -85,7 +85,7 @@ def load_down_to(image: Image, bottom: int) -> None:
             raise _Enough
         return file.read(next(blocks))
 
-    image.load_read = more  # type: ignore[attr-defined]
+    image.load_read = more  # type: ignore[attr-defined]  (Pillow's way to read: only its subclasses for files declare it)
     try:
         image.load()
     except _Enough:

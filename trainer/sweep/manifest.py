@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError, Problem
-from trainer.files import storage_error, write_atomically
+from trainer.files import json_by_lines, storage_error, write_atomically
 from trainer.lock import Busy, Heart, Lock, live_holder
 from trainer.rundir import RunDirectory
 from trainer.sweep.cluster import GONE, in_our_words
@@ -108,10 +108,8 @@ class Manifest:
         """Replace the file in one step: a reader sees the old manifest or the new one, never half of it. What a power cut may
         take back, as the run directories know it too, need not be `durable`."""
         head = ["version", "sweep", "name", "created", "cwd", "argv", "launcher", "settings", "search", "base"]
-        lines = [f" {_json(key)}: {_json(getattr(self, key))}," for key in head]
-        jobs = ",\n".join(f"  {_json(vars(job))}" for job in self.jobs)  # a line each: it is written whenever one starts or ends
-        text = "\n".join(["{", *lines, ' "jobs": [', *([jobs] if jobs else []), " ]", "}"])
-        write_atomically(self.path / FILE, f"{text}\n", durable=durable)
+        text = json_by_lines({key: getattr(self, key) for key in head}, "jobs", map(vars, self.jobs))
+        write_atomically(self.path / FILE, text, durable=durable)
 
     @property
     def root(self) -> Path:
@@ -127,10 +125,6 @@ class Manifest:
 
     def directory(self, job: Job) -> RunDirectory:
         return RunDirectory(self.root / job.directory)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
 
 
 _MEND = "restore it, or start the sweep's command line again: jobs that are finished are not run again"

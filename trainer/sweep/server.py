@@ -101,7 +101,7 @@ def _be(request: Mapping[str, Any], be: Callable[[RunDirectory], int] | None) ->
 def _leave(code: int) -> NoReturn:
     """End a forked process as multiprocessing does: what was promised for the end is done, but what was imported is not taken down
     object by object. That writes to every page shared with the server, which copies it: a second of a job's slot."""
-    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    threading._shutdown()  # joins threads, and ends pools of them first; nothing public does  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the disk of the log is full: that is no failure of the job

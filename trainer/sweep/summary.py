@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.files import write_atomically
+from trainer.files import json_by_lines, write_atomically
 from trainer.log.readable import duration, show
 from trainer.sweep.found import Run, number
 from trainer.sweep.verdict import Verdict
@@ -86,9 +85,7 @@ def as_json(verdict: Verdict, rows: Sequence[dict[str, Any]]) -> str:
         "failed": sum(row["state"] == "failed" for row in rows), "total_seconds": round(sum(times), 3),
         "timestamp": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
-    lines = [f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}," for key, value in content.items()]
-    runs = ",\n".join(f"  {json.dumps(row, ensure_ascii=False)}" for row in rows)  # a line each
-    return "\n".join(["{", *lines, ' "runs": [', runs, " ]", "}"]) + "\n"
+    return json_by_lines(content, "runs", rows)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
