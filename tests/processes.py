@@ -30,7 +30,7 @@ def run_job(directory: str, overrides: Sequence[str], environment: dict[str, str
         import tasks  # noqa: F401
         from tests.any_task import with_any_task
         from trainer.launch.compose import checked, compose, compose_run
-        from trainer.launch.door import guarded
+        from trainer.launch.guard import guarded
         from trainer.run import train
         from trainer.rundir import RunDirectory
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import tasks  # noqa: F401
 from trainer.config import RunConfig
-from trainer.config.fields import schemas
 from trainer.config.plain import from_plain, to_plain
+from trainer.config.schemas import schemas
 from trainer.errors import Problem
 from trainer.launch.compose import CONF, checked, compose, compose_run
 from trainer.rundir import identity

@@ -13,7 +13,7 @@ from trainer.__main__ import VERBS
 from trainer.errors import ConfigError, Problem
 from trainer.launch.amend import amended
 from trainer.launch.compose import checked, compose, compose_run
-from trainer.launch.door import report
+from trainer.launch.guard import report
 from trainer.launch.jobs import plan
 from trainer.validation import problems_of as invalid
 

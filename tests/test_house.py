@@ -38,6 +38,9 @@ TORCH_FREE = (
 )  # fmt: skip
 """What is imported before a run starts: composing, checking and submitting 500 jobs must not wait for torch."""
 
+HYDRA_FREE = ("tasks", "trainer.__main__", "trainer.sweep.status", "trainer.sweep.report", "trainer.sweep.diff", "trainer.launch.clean")
+"""Of those, what only reads what runs left: importing Hydra takes longer than reading a sweep."""
+
 LINES_OF_FILE, LINES_OF_FUNCTION = 300, 40
 
 LONG_FILES: dict[str, str] = {
@@ -148,9 +151,12 @@ def test_tasks_stand_alone(path: Path):
             assert parts[1] == task, f"{relative(path)} imports another task, {imported}"
 
 
-def test_importing_what_comes_before_a_run_imports_no_torch():
-    heavy = ("torch", "torchvision", "timm", "matplotlib", "wandb", "sklearn", "webdataset", "rich")
-    script = f"import sys, importlib\nfor name in {TORCH_FREE!r}:\n    importlib.import_module(name)\n    print(name, *(m for m in {heavy!r} if m in sys.modules))"
+HEAVY = ("torch", "torchvision", "timm", "matplotlib", "wandb", "sklearn", "webdataset", "rich")
+
+
+@pytest.mark.parametrize(("modules", "heavy"), [(TORCH_FREE, HEAVY), (HYDRA_FREE, ("hydra", "omegaconf"))], ids=["torch", "hydra"])
+def test_nothing_is_imported_that_is_not_needed_yet(modules, heavy):
+    script = f"import sys, importlib\nfor name in {modules!r}:\n    importlib.import_module(name)\n    print(name, *(m for m in {heavy!r} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     guilty = [line for line in done.stdout.splitlines() if len(line.split()) > 1]

@@ -15,7 +15,7 @@ import yaml
 import tasks  # noqa: F401
 from tests.thresholds import CONFIG_ERROR_SECONDS
 from trainer.errors import ConfigError, DataError, Stopped
-from trainer.launch import door
+from trainer.launch import door, guard
 from trainer.launch.compose import compose_run
 from trainer.rundir import RunDirectory, run_directory
 
@@ -320,16 +320,16 @@ def test_an_error_of_ours_is_an_exit_code(error, code, capsys):
     def action():
         raise error
 
-    assert door.guarded(action) == code
+    assert guard.guarded(action) == code
 
 
 def test_an_error_that_nobody_foresaw_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        door.guarded(lambda: 1 // 0)
+        guard.guarded(lambda: 1 // 0)
 
 
 def test_a_jobs_error_is_said_once(capsys):
     error = DataError("the shards are gone")
     for _ in range(2):
-        door.report(error)
+        guard.report(error)
     assert capsys.readouterr().err.count("the shards are gone") == 1

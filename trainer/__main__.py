@@ -11,7 +11,7 @@ from importlib import import_module
 import tasks  # noqa: F401  (importing registers the tasks' schemas)
 from trainer.config.names import nearest
 from trainer.errors import ConfigError, Problem
-from trainer.launch.door import guarded
+from trainer.launch.guard import guarded
 
 VERBS = {  # verb -> (module:function, what it does)
     "start": ("trainer.launch.dispatch:start", "RUN_DIR: run what its config.yaml says, as one rank of it"),

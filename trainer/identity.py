@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
-from omegaconf import MISSING
+from trainer.config.fields import MISSING
 
 _DIGITS = 8  # hex: two of a thousand runs of one name collide once in 10,000 projects
 

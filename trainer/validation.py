@@ -14,7 +14,8 @@ from typing import Any
 
 from trainer.augmentation_rules import listed_words, mixing, order, task_and_augmentation
 from trainer.config import DatasetConfig, Facts, LrScaling, ModelConfig, RunConfig, stage_runs
-from trainer.config.fields import MISSING, field_problems, schemas
+from trainer.config.fields import MISSING, field_problems
+from trainer.config.schemas import schemas
 from trainer.config.stages import in_stage, length_problems
 from trainer.errors import ConfigError, Problem
 from trainer.surroundings import emulates_bf16, num_ranks, surroundings, usable_cores, visible_gpus

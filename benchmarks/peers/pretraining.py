@@ -1,4 +1,4 @@
-"""Steps of masked image modelling and of distillation: ours, the same written by hand, and what each saves left undone."""
+"""Steps of masked image modelling, DINO and distillation: ours, the same written by hand, and what each saves left undone."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ def batches(size: int, count: int) -> Stamped:
         }
         for i in range(4)
     ]  # fmt: skip
-    stamped = Stamped(rows, STEPS)
-    stamped.warm = 1
-    return stamped
+    return stamped(rows)
 
 
-def engine(task: nn.Module, stream: Stamped) -> Callable[[], float]:
-    fit = prepare_task(task)
+def stamped(rows: list[dict[str, Any]]) -> Stamped:
+    stream = Stamped(rows, STEPS)
+    stream.warm = 1
+    return stream
+
+
+def engine(task: nn.Module, stream: Stamped, *overrides: str) -> Callable[[], float]:
+    fit = prepare_task(task, list(overrides))
 
     def block() -> float:
         fit(stream, steps=len(stream))
@@ -44,8 +48,9 @@ def engine(task: nn.Module, stream: Stamped) -> Callable[[], float]:
     return block
 
 
-def by_hand(parts: nn.Module, loss_of: Step, stream: Stamped) -> Callable[[], float]:
-    """A loop with the services that the engine has as well (`benchmarks.peers.loops.services`)."""
+def by_hand(parts: nn.Module, loss_of: Step, stream: Stamped, after: Callable[[int], None] | None = None) -> Callable[[], float]:
+    """A loop with the services that the engine has as well (`benchmarks.peers.loops.services`). What is called `after` each update
+    takes the place of averaged weights."""
     parameters = [p for p in parts.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=PEAK_RATE, weight_decay=0.0, fused=True)
     live = [p.detach() for p in parameters]
@@ -64,7 +69,7 @@ def by_hand(parts: nn.Module, loss_of: Step, stream: Stamped) -> Callable[[], fl
             torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(averaged, live, EMA_WEIGHT)
+                after(step) if after else torch._foreach_lerp_(averaged, live, EMA_WEIGHT)
                 total.add_(loss)
             step += 1
             if step % LOG_EVERY == 0:
@@ -120,6 +125,56 @@ def mae_loss(task: Any, images: Tensor) -> Tensor:
     target = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
     mask = torch.ones(count, length).scatter(1, shuffle[:, :keep], 0.0)
     return ((predicted - target).square().mean(2) * mask).sum() / mask.sum()
+
+
+# --- DINO ----------------------------------------------------------------------------------------------------------------
+
+LARGE, LOCAL, VIEWS = 64, 32, 8  # pixels of the two large views and of the small ones, and how many of those
+
+
+def dino(how: str) -> Callable[[], float]:
+    """A ViT-Ti on 2 views of 64 and 8 of 32 pixels of each of four images. `how`: ours; hand."""
+    from tasks.dino.config import DinoConfig
+    from tasks.dino.task import Dino
+    from trainer.task import Progress
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", img_size=LARGE, patch_size=8, num_classes=0, dynamic_img_size=True)
+    task = Dino(network, 192, DinoConfig(out_dim=4096, momentum=0.996, freeze_last_layer_epochs=0), num_classes=0, mean=(0.5,), std=(0.5,))
+    rows = [{**row, "image": torch.randn(BATCH, 2, 3, LARGE, LARGE), "local": torch.randn(BATCH, VIEWS, 3, LOCAL, LOCAL)} for row in batches(1, BATCH).batches]  # fmt: skip
+    stream = stamped(rows)
+    if how == "ours":
+        return engine(task, stream, "loop.ema_decay=null")
+    script = DinoByHand(task.student, task.teacher, task.cfg)
+    torch.testing.assert_close(script.loss(rows[0]), task(rows[0], Progress(0, HORIZON, HORIZON)).loss, atol=1e-5, rtol=1e-5)
+    script.center.zero_()
+    return by_hand(task.student, script.loss, stream, script.follow)
+
+
+class DinoByHand:
+    """DINO as a script has it: every pair of views in a loop, a running centre, a teacher that follows by a cosine."""
+
+    def __init__(self, student: Any, teacher: Any, cfg: Any) -> None:
+        self.student, self.teacher, self.cfg = student, teacher, cfg
+        self.center = torch.zeros(cfg.out_dim)
+        self.entropy = torch.zeros(())
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        cfg, sizes = self.cfg, [batch[name].transpose(0, 1).flatten(0, 1) for name in ("image", "local")]
+        with torch.no_grad():
+            said = self.teacher.head(self.teacher.backbone(sizes[0]))
+            target = F.softmax((said - self.center) / cfg.warmup_teacher_temperature, dim=-1)
+            self.entropy = -(target * (target + 1e-12).log()).sum(-1).mean()  # what tells a collapse
+            self.center.lerp_(said.mean(0), 1 - cfg.center_momentum)
+        scores = self.student.head(torch.cat([self.student.backbone(views) for views in sizes]))
+        seen, taught = (scores / cfg.student_temperature).chunk(2 + VIEWS), target.chunk(2)
+        pairs = [(t, s) for i, t in enumerate(taught) for j, s in enumerate(seen) if i != j]
+        return sum(-(t * F.log_softmax(s, dim=-1)).sum(-1).mean() for t, s in pairs) / len(pairs)  # type: ignore[return-value]
+
+    def follow(self, step: int) -> None:
+        momentum = 1 - (1 - self.cfg.momentum) * (1 + math.cos(math.pi * step / HORIZON)) / 2
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
 
 
 # --- distillation --------------------------------------------------------------------------------------------------------

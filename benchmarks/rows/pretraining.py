@@ -8,7 +8,7 @@ from benchmarks.measure import Worker, race
 from benchmarks.table import Effort, Line, at_least, at_most, row
 
 PEERS = "benchmarks.peers.pretraining"
-OURS, ALL, GRADIENTS, HAND = "task=mim", "every patch encoded", "gradients through the teacher", "written by hand, same services"
+OURS, DINO, ALL, GRADIENTS, HAND = "task=mim", "task=dino", "every patch encoded", "gradients through the teacher", "written by hand, same services"
 
 
 @row("mae", "a step of MAE with ViT-Ti/16 at 224 pixels, three quarters of each image hidden")
@@ -17,6 +17,12 @@ def mae(effort: Effort) -> Iterator[Line]:
     times = race(contenders, effort.rounds(full=9, quick=4)).scaled(1e-3)
     yield at_least(times, ALL, OURS, 1.8, what="every patch encoded, times ours", unit="ms")
     yield at_most(times, OURS, HAND, 1.02, unit="ms")
+
+
+@row("dino", "a step of DINO with ViT-Ti/8, 2 views of 64 and 8 of 32 pixels of each of four images")
+def dino(effort: Effort) -> Iterator[Line]:
+    contenders = [Worker(name, f"{PEERS}:dino", {"how": how}) for name, how in ((DINO, "ours"), (HAND, "hand"))]
+    yield at_most(race(contenders, effort.rounds(full=9, quick=4)).scaled(1e-3), DINO, HAND, 1.02, unit="ms")
 
 
 @row("kd", "a step of distillation, ViT-Ti from ViT-S, at 64 pixels")

@@ -2,7 +2,7 @@
 
 from trainer.config.augmentation import AugmentationConfig
 from trainer.config.dataset import DatasetConfig, Facts
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
 from trainer.config.letterbox import Letterbox
 from trainer.config.logger import LoggerConfig
 from trainer.config.loop import LoopConfig, Progressing, StageConfig
@@ -11,6 +11,7 @@ from trainer.config.model import ModelConfig
 from trainer.config.optimizer import LrScaling, OptimizerConfig, ParamRule
 from trainer.config.run import DebugConfig, DistributedConfig, Mode, PrecisionConfig, Resume, RunConfig, TaskConfig
 from trainer.config.scheduler import SchedulerConfig
+from trainer.config.schemas import schema
 from trainer.config.stages import stage_runs
 
 __all__ = [

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import operator
-import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
-from pathlib import Path
-from typing import Any, TypeVar, Union, cast, get_args, get_origin
-
-from hydra.core.config_store import ConfigNode, ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from typing import Any, Union, cast, get_args, get_origin
 
 from trainer.errors import Problem
 
-Config = TypeVar("Config")
+MISSING: Any = "???"  # OmegaConf's word for a value that must be given; to import OmegaConf for it takes longer than to read a sweep
 
 
 def setting(
@@ -52,80 +46,6 @@ def setting(
     if isinstance(default, list | dict | set):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-class _Node:
-    """A schema's node in Hydra's store, made when it is asked for.
-
-    OmegaConf takes milliseconds for every class it wraps, and a run uses a dozen of all there are. Hydra copies a node
-    whenever it reads one, so the copy is the place to make it; when it copies its whole store (a copy with a past: `memo`
-    holds the store's other parts), there is nothing to make.
-    """
-
-    def __init__(self, group: str, file: str, source: type[Any] | str) -> None:
-        self.group, self.file = group, file
-        self.source = source  # the dataclass, or the module that registers it when imported
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Node | DictConfig:
-        return self if memo else OmegaConf.structured(self.kind)
-
-    @property
-    def kind(self) -> type[Any]:
-        if isinstance(self.source, str):
-            importlib.import_module(self.source)
-            self.source = _group(self.group)[self.file].node.source
-        assert isinstance(self.source, type), f"{self.source} does not register {self.group}/{self.file}"
-        return self.source
-
-
-class _Schemas(dict[str, Any]):
-    """The schemas of one group. Hydra finds them by name, but does not list them among the group's choices."""
-
-    def keys(self) -> Any:
-        return dict[str, Any]().keys()
-
-
-def _group(group: str) -> dict[str, Any]:
-    repo = ConfigStore.instance().repo
-    return repo.setdefault(group, _Schemas()) if group else repo
-
-
-def _register(group: str, name: str, source: type[Any] | str) -> None:
-    file = f"{name}_schema.yaml"
-    node = cast(DictConfig, _Node(group, file, source))
-    _group(group)[file] = ConfigNode(name=file, node=node, group=group or None, package=None, provider="trainyard")
-
-
-def schema(group: str, name: str) -> Callable[[type[Config]], type[Config]]:
-    """Register a dataclass as the schema behind `conf/<group>/<name>.yaml`, which lists it as `<name>_schema`."""
-
-    def register(cls: type[Config]) -> type[Config]:
-        _register(group, name, cls)
-        return cls
-
-    return register
-
-
-_DECORATOR = re.compile(r'^@schema\("(\w+)", "(\w+)"\)$', re.MULTILINE)
-
-
-def announce_schemas(package: str, directory: Path | str, pattern: str = "*.py") -> None:
-    """Make the schemas of a package known by name; a module is imported when a run chooses one of its schemas.
-
-    The names are read from the source: to run the decorators of a hundred dataclasses takes longer than to compose a run.
-    """
-    for path in sorted(Path(directory).glob(pattern)):
-        module = ".".join([package, *path.relative_to(directory).with_suffix("").parts])
-        for group, name in _DECORATOR.findall(path.read_text(encoding="utf-8")):
-            if f"{name}_schema.yaml" not in _group(group):
-                _register(group, name, module)
-
-
-def schemas(group: str) -> dict[str, type[Any]]:
-    """The registered dataclasses of a group, by name."""
-    return {
-        file.removesuffix("_schema.yaml"): node.node.kind for file, node in list(_group(group).items()) if file.endswith("_schema.yaml")
-    }
 
 
 def allowed(metadata: Mapping[str, Any]) -> str:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 from trainer.config.fields import field_problems, setting
 from trainer.errors import Problem
 
@@ -116,6 +114,3 @@ LAUNCHERS: dict[str, type[LauncherConfig]] = {"local": LocalLauncherConfig, "slu
 RESOURCES = ("partition", "qos", "account", "constraint", "exclude", "nodes", "tasks_per_node", "gpus_per_node", "gpus_per_task", "gres",
              "cpus_per_task", "mem_gb", "mem_per_cpu", "mem_per_gpu", "timeout_min")  # fmt: skip
 """Options of SLURM's that may differ from job to job."""
-
-for _name, _kind in LAUNCHERS.items():
-    ConfigStore.instance().store(group="hydra/launcher", name=_name, node=_kind, provider="trainyard")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from trainer.config.augmentation import AugmentationConfig, ascending
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
+from trainer.config.schemas import schema
 from trainer.errors import Problem
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
 from trainer.config.model import ModelConfig
 from trainer.config.names import nearest
+from trainer.config.schemas import schema
 from trainer.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

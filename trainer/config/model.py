@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
+from trainer.config.schemas import schema
 from trainer.errors import Problem
 
 if TYPE_CHECKING:

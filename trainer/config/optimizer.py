@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
+from trainer.config.schemas import schema
 from trainer.errors import Problem
 
 if TYPE_CHECKING:

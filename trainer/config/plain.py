@@ -17,9 +17,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING
-
-from trainer.config.fields import type_in_words
+from trainer.config.fields import MISSING, type_in_words
 from trainer.config.names import nearest
 from trainer.config.run import RunConfig
 from trainer.errors import ConfigError, Problem
@@ -94,7 +92,7 @@ def _build(content: Mapping[str, Any], declared: type[Any], at: str, problems: l
         key = _join(at, name)
         if name in content:
             values[name] = _read(content[name], hints[name], key, problems)
-        elif f.default is MISSING or (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING):
+        elif f.default == MISSING or (f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING):
             problems.append(Problem(key, MISSING, f"has no value, and {cls.__name__} has no default for it", f"{key}=..."))
     # A config that cannot be right is not made: __post_init__ may rely on its fields.
     return None if problems else cls(**values)

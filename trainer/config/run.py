@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
-from omegaconf import MISSING
-
 from trainer.config.augmentation import AugmentationConfig
 from trainer.config.dataset import DatasetConfig
-from trainer.config.fields import schema, setting
+from trainer.config.fields import MISSING, setting
 from trainer.config.logger import LoggerConfig
 from trainer.config.loop import LoopConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optimizer import OptimizerConfig
 from trainer.config.scheduler import SchedulerConfig
+from trainer.config.schemas import schema
 from trainer.errors import Problem
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
+from trainer.config.schemas import schema
 from trainer.errors import Problem
 
 if TYPE_CHECKING:

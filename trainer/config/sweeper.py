@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 from trainer.config.fields import field_problems, setting
 from trainer.errors import Problem
 
@@ -40,5 +38,3 @@ class OptunaSweeperConfig:
 
 
 SWEEPERS: dict[str, type[OptunaSweeperConfig]] = {"optuna": OptunaSweeperConfig}
-
-ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSweeperConfig, provider="trainyard")

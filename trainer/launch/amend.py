@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 
 from trainer.config import RunConfig
-from trainer.config.fields import schemas
+from trainer.config.schemas import schemas
 from trainer.config.stages import stage_runs
 from trainer.errors import ConfigError, Problem
 from trainer.launch import diagnose

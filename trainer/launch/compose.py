@@ -26,13 +26,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-import trainer.config.launcher
 import trainer.launch.resolvers  # noqa: F401  (importing registers what YAML may call)
 from trainer.config import RunConfig
-from trainer.config.fields import announce_schemas
+from trainer.config.schemas import announce_schemas
 from trainer.errors import ConfigError, Problem
 from trainer.launch import diagnose
 from trainer.launch.resolve import flat, to_run, value_at
+from trainer.launch.store import tell_hydra
 
 _HERE = Path(__file__).resolve().parent
 announce_schemas("trainer.data.schemas", _HERE.parent / "data" / "schemas")
@@ -162,6 +162,7 @@ def parse_line(line: str) -> Override:
 @contextmanager
 def hydra_loader() -> Iterator[ConfigLoader]:
     """Hydra's view of conf/."""
+    tell_hydra()
     with initialize_config_dir(str(CONF), job_name="launch", version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None

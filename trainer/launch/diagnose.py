@@ -14,8 +14,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trainer.config.fields import allowed, as_override, schemas, type_in_words
+from trainer.config.fields import allowed, as_override, type_in_words
 from trainer.config.names import nearest
+from trainer.config.schemas import schemas
 from trainer.errors import Problem
 from trainer.launch.resolve import value_at
 

@@ -1,4 +1,4 @@
-"""What happens between the command line and the first line of a run, and what the user sees where it goes wrong."""
+"""What happens between the command line and the first line of a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from trainer.config import RunConfig
 from trainer.errors import ConfigError, Interrupted, Problem, Stopped, TrainyardError
 from trainer.launch import diagnose
 from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.guard import FULL_ERROR, guarded, report, speaks
 from trainer.launch.resolve import resolve
+from trainer.launch.store import tell_hydra
 
-FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own switch: every traceback, whole
 _MOST_PROBLEMS = 20  # of a sweep; more would bury the first ones
 
 
@@ -48,56 +49,17 @@ def options_first(argv: Sequence[str]) -> list[str]:
     return [*options, *overrides]
 
 
-def guarded(action: Callable[[], int | None]) -> int:
-    """The exit code of `action`. An error of ours is said in words; anything else is a fault and keeps its traceback."""
-    try:
-        return action() or 0
-    except TrainyardError as error:
-        if _wants_tracebacks():
-            raise
-        report(error)
-        return error.exit_code
-    except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        return Interrupted.exit_code
-
-
-def report(error: TrainyardError) -> None:
-    """Say what went wrong, on stderr, once."""
-    if getattr(error, "reported", False):
-        return
-    error.reported = True  # type: ignore[attr-defined]
-    if isinstance(error, Stopped | Interrupted) and not _speaks():
-        return  # all ranks stop for one reason
-    if not isinstance(error, ConfigError):
-        print(f"\n{error}", file=sys.stderr)
-        return
-    count = len(error.problems)
-    print(f"{count} problem{'s' if count > 1 else ''} with this configuration:", file=sys.stderr)
-    for problem in error.problems:
-        print("\n  " + str(problem).replace("\n", "\n  "), file=sys.stderr)
-
-
-def _speaks() -> bool:
-    """Whether it is for this process to say what concerns all ranks: under torchrun every one of them composes and stops."""
-    from trainer.surroundings import surroundings
-
-    return surroundings().is_main
-
-
 def checked_run(overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:
     """The run behind a command line, with its warnings said. Raises ConfigError with everything that is wrong."""
     from trainer.validation import warnings_of
 
-    speaks = _speaks()
+    first = speaks()
     try:
         run = compose_run(*overrides, config_dir=config_dir)
     except ConfigError as error:
-        error.reported = not speaks  # type: ignore[attr-defined]
+        error.reported = not first  # type: ignore[attr-defined]
         raise
-    for warning in warnings_of(run) if speaks else ():
+    for warning in warnings_of(run) if first else ():
         print(f"warning: {warning}", file=sys.stderr)
     return run
 
@@ -167,6 +129,7 @@ def _multirun(hydra_main: Callable[[], Any], args: Namespace, argv: Sequence[str
 
 def _hydras(hydra_main: Callable[[], Any], args: Namespace) -> int:
     """What Hydra does itself, but with our account of what is wrong."""
+    tell_hydra()
     if args.multirun:
         _check_sweep(args)
     before = os.environ.get(FULL_ERROR)
@@ -245,10 +208,6 @@ def jobs(overrides: Sequence[str]) -> Iterator[list[str]]:
         except HydraException:  # not an override, or a sweep without an end: told where it is composed
             axes.append([line])
     yield from (list(job) for job in itertools.product(*axes))
-
-
-def _wants_tracebacks() -> bool:
-    return os.environ.get(FULL_ERROR, "0") not in ("0", "")
 
 
 def _restore(before: str | None) -> None:

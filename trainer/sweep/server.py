@@ -93,7 +93,7 @@ def _be(request: Mapping[str, Any], be: Callable[[RunDirectory], int] | None) ->
     if be is not None:
         return be(RunDirectory(request["directory"]))
     from trainer.launch.dispatch import go_on
-    from trainer.launch.door import guarded
+    from trainer.launch.guard import guarded
 
     return guarded(lambda: go_on(RunDirectory(request["directory"])))
 

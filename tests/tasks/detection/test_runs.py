@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import tasks  # noqa: F401  (its schemas)
 from tests import layouts
 from tests.processes import finish, logs, start_ranks
 from tests.test_exact import assert_same_run, last, stop_after
+from tests.test_launch import Call
 from tests.thresholds import OVERFIT_MAP_50
 from trainer import load_model
 from trainer.data.shards.verbs import shards
@@ -23,6 +25,7 @@ from trainer.errors import Stopped
 from trainer.launch.compose import compose_run
 from trainer.run import train
 from trainer.rundir import RunDirectory
+from trainer.sweep.manifest import Manifest
 
 SHORT = ["task=detection", "dataset.image_size=64", "loop.batch_size=4", "loop.samples_per_epoch=8", "loop.epochs=3", "loop.log_every=1",
          "loop.progress=none", "logger.plots=false", "loop.max_validation_batches=2", "task.width=64", "task.score_threshold=0",
@@ -114,22 +117,21 @@ ON_RANKS = {
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "ssdlite" else pytest.mark.slow) for name in ON_RANKS])
-def test_two_ranks_train_and_score(name, tmp_path):
+def test_two_ranks_score_every_image_and_killed_they_end_in_the_same_bits(name, tmp_path):
     """All parameters take part in every rank's step, in mosaics too, and every image is scored once."""
     if name != "ssdlite":
         pytest.importorskip("transformers")
-    overrides = [
-        *SHORT,
-        *RESNET,
-        *SCENES[:2],
-        "loop.epochs=1",
-        "augmentation.mosaic=0.5",
-        "loop.max_validation_batches=null",
-        *ON_RANKS[name],
-    ]
-    assert finish(start_ranks(tmp_path / "run", overrides, 2)) == [0, 0], logs(tmp_path / "run")
-    done = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert done["steps"] == 2 and "val/map" in done["last"]
+    overrides = [*SHORT, *RESNET, *SCENES[:2], "augmentation.mosaic=0.5", "loop.max_validation_batches=null", "loop.validate_every=3",
+                 "loop.checkpoint_every_steps=1", *ON_RANKS[name]]  # fmt: skip
+    whole = start_ranks(tmp_path / "unbroken", overrides, 2)
+    broken = start_ranks(tmp_path / "killed", overrides, 2, environment={"TRAINYARD_CHECKPOINT_FAULT": "sync:kill:4"})
+    assert finish(whole) == [0, 0], logs(tmp_path / "unbroken")
+    assert finish(broken)[0] == -signal.SIGKILL, logs(tmp_path / "killed")
+    assert 0 < last(tmp_path / "killed")["step"] < 6
+    assert finish(start_ranks(tmp_path / "killed", overrides, 2)) == [0, 0], logs(tmp_path / "killed")
+    assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
+    done = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert done["steps"] == 6 and "val/map" in done["last"]
 
 
 def test_shards_with_boxes_in_batches_of_one_shape(tmp_path, monkeypatch):
@@ -200,3 +202,25 @@ def test_blood_cells_are_found_in_photographs_that_were_never_seen(shared_data, 
 def test_the_default_finds_digits_in_scenes(tmp_path):
     done = train(compose_run("task=detection"), RunDirectory(tmp_path / "run"))
     assert done["best"]["val/map_50"] >= 0.80
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_sweep_over_backbones_in_two_streams_goes_on_behind_a_failure(tmp_path):
+    """The recipe as it is, but for small images and a learning rate that no network survives for one of the jobs."""
+    layouts.multispectral(tmp_path / "data")
+    line = ["-m", "experiment=all_backbones", "model=mit_b1,mit_b0", f"dataset.path={tmp_path / 'data'}", "dataset.image_size=64",
+            "optimizer.lr=0.005,1e9", "loop.epochs=2", "loop.keep_checkpoints=2", "logger.plots=false", "runs_dir=runs", *FEW]  # fmt: skip
+    call = Call("launch", *line, cwd=tmp_path)
+    assert call.code == 1, call.out + call.err
+    (sweep,) = (tmp_path / "runs").glob("*/sweeps/*")
+    assert Call("trainer", "report", str(sweep), cwd=tmp_path).code == 0
+    jobs = json.loads((sweep / "final_summary.json").read_text())["runs"]
+    assert [job["state"] for job in jobs] == ["completed", "failed", "completed", "failed"], jobs
+    manifest = Manifest.load(sweep)
+    for job in manifest.jobs[::2]:
+        directory = manifest.directory(job).path
+        assert len(list((directory / "checkpoints").glob("epoch-*-loss-*.pt"))) == 2
+        rows = list(csv.DictReader((directory / "batches.csv").read_text().splitlines()))
+        assert {f"train/{term}" for term in TERMS["faster_rcnn"]} <= rows[0].keys()
+    assert load_model(manifest.directory(manifest.jobs[2]).path).classes == ["even", "odd"]

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from trainer.config.fields import allowed, announce_schemas, as_override, field_problems, schemas, setting, type_in_words
+from trainer.config.fields import MISSING, allowed, as_override, field_problems, setting, type_in_words
+from trainer.config.schemas import announce_schemas, schemas
+from trainer.launch.store import tell_hydra
 
 
 class Colour(Enum):
@@ -152,9 +154,16 @@ def test_a_value_typed_as_shown_is_the_value(value):
     assert OverridesParser.create().parse_override(f"key={shown}").value() == value
 
 
+def test_a_missing_value_is_written_as_omegaconf_writes_it():
+    import omegaconf
+
+    assert MISSING == omegaconf.MISSING
+
+
 def test_a_schema_is_found_by_name_but_not_listed_as_a_choice():
     from hydra.core.config_store import ConfigStore
 
+    tell_hydra()
     store = ConfigStore.instance()
     assert "adamw" in schemas("optimizer")
     assert not [name for name in store.list("optimizer") if "schema" in name]
@@ -167,11 +176,12 @@ def test_announced_schemas_are_imported_when_they_are_chosen(tmp_path, monkeypat
     from hydra.core.config_store import ConfigStore
 
     (tmp_path / "announced").mkdir()
-    source = "from dataclasses import dataclass\nfrom trainer.config.fields import schema, setting\n\n@schema('GROUP', 'one')\n@dataclass\nclass One:\n    size: int = setting(3)\n"
+    source = "from dataclasses import dataclass\nfrom trainer.config.fields import setting\nfrom trainer.config.schemas import schema\n\n@schema('GROUP', 'one')\n@dataclass\nclass One:\n    size: int = setting(3)\n"
     for module, group in (("first", "zoo"), ("second", "garden")):
         (tmp_path / "announced" / f"{module}.py").write_text(source.replace("'", '"').replace("GROUP", group))
     monkeypatch.syspath_prepend(tmp_path)
     announce_schemas("announced", tmp_path / "announced")
+    tell_hydra()
     assert "announced.first" not in sys.modules
     copy.deepcopy(ConfigStore.instance())  # as Hydra does again and again
     assert "announced.first" not in sys.modules

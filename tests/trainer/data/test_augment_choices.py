@@ -20,7 +20,7 @@ import trainer.launch.resolvers  # noqa: F401  (what YAML calls)
 from tests.trainer.data.sources import Pictures, Rank, batches, equal, global_generators, take
 from trainer.config import Facts
 from trainer.config.augmentation import AugmentationConfig, Basic, Cub
-from trainer.config.fields import schemas
+from trainer.config.schemas import schemas
 from trainer.data.augment.turned import Turned, cut_out_of_turned
 from trainer.data.loader import validation_loader
 from trainer.data.order import Order

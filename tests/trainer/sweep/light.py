@@ -10,7 +10,7 @@ import threading
 import time
 
 from trainer.errors import Diverged, Interrupted, Stopped
-from trainer.launch.door import guarded
+from trainer.launch.guard import guarded
 from trainer.rundir import RunDirectory
 from trainer.sweep import server
 

@@ -11,7 +11,7 @@ import time
 
 from tests.trainer.sweep.light import RAN
 from trainer.errors import Diverged, Pruned, Stopped
-from trainer.launch.door import guarded
+from trainer.launch.guard import guarded
 from trainer.rundir import RunDirectory
 from trainer.sweep import server
 

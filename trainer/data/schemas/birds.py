@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from trainer.config.dataset import DatasetConfig, Facts
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
+from trainer.config.schemas import schema
 from trainer.data.schemas.folders import ImageFolderConfig
 from trainer.data.schemas.paths import directory_problem
 from trainer.data.source import LayoutError, Source

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from trainer.config.dataset import DatasetConfig, Facts
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
+from trainer.config.schemas import schema
 from trainer.data.schemas.paths import class_file_problems, directory_problem, listed, read_class_file
 from trainer.data.source import LayoutError, Source
 from trainer.errors import Problem

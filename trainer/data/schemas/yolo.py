@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from trainer.config.fields import schema, setting
+from trainer.config.fields import setting
+from trainer.config.schemas import schema
 from trainer.data.schemas.detection import SPLIT_NAMES, DetectionConfig
 from trainer.data.schemas.paths import read_class_file, why
 from trainer.data.source import LayoutError, Source

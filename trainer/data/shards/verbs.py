@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.config.dataset import DatasetConfig
 from trainer.config.names import nearest
+from trainer.config.schemas import schema_names, schema_of
 from trainer.data.source import Source
 from trainer.errors import ConfigError, Problem
 
@@ -145,17 +146,16 @@ def dataset_config(name: str, given: dict[str, Any], fields: Sequence[str]) -> D
     Raises:
         ConfigError: there is no such dataset or no such setting.
     """
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     import trainer.data.config as schemas  # noqa: F401  (importing registers them)
 
-    known = {entry.removesuffix("_schema.yaml") for entry in ConfigStore.instance().repo["dataset"]}
+    known = schema_names("dataset")
     if name not in known:
         close = nearest(name, known)
         raise ConfigError(Problem("--dataset", name, f"there are {', '.join(sorted(known))}", f"--dataset {close}" if close else ""))
-    config = ConfigStore.instance().load(f"dataset/{name}_schema.yaml").node
+    config = OmegaConf.structured(schema_of("dataset", name))
     wrong = next((f for f in fields if "=" not in f), None)
     if wrong is not None:
         raise ConfigError(Problem("KEY=VALUE", wrong, "is not of the form key=value"))
