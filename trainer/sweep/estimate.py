@@ -115,5 +115,6 @@ def _is_alike(one: RunConfig, other: RunConfig) -> bool:
 
 def _is_free(key: str, before: Any, after: Any) -> bool:
     if key.startswith(_NUMBERS_FREE):
-        return isinstance(before, float) and isinstance(after, float)
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (before, after))
+        return numbers and (isinstance(before, float) or isinstance(after, float))
     return key.startswith(_FREE) and key not in _BINDING
