@@ -115,7 +115,7 @@ def test_simmim_is_transformers_vit():
 
 def test_simmim_is_transformers_swin():
     transformers = pytest.importorskip("transformers")
-    task = make(*SWIN, "task.method=simmim", "task.mask_unit=8", "model.drop_path_rate=0").eval()
+    task = make(*SWIN, "task.method=simmim", "task.mask_unit=8", "model.drop_path_rate=0").train()
     other = transformers.SwinForMaskedImageModeling(
         transformers.SwinConfig(
             image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, encoder_stride=4, drop_path_rate=0.0
