@@ -36,7 +36,14 @@ RUNS = {
     "convnet": CONVNET,
     "micro-batches": [*VIT, "loop.accumulate=2", "precision=bf16"],
     "ibot": [*VIT, "task.method=ibot", "model.drop_path_rate=0.2"],
-    "dinov2": [*VIT, "task.method=dinov2", "task.centering=sinkhorn", "optimizer.weight_decay_end=0.4", "loop.max_grad_norm=0.1", "loop.clip_mode=parameter"],
+    "dinov2": [
+        *VIT,
+        "task.method=dinov2",
+        "task.centering=sinkhorn",
+        "optimizer.weight_decay_end=0.4",
+        "loop.max_grad_norm=0.1",
+        "loop.clip_mode=parameter",
+    ],
 }
 
 
@@ -112,6 +119,14 @@ def test_two_ranks_are_one(method, tmp_path):
         )
     rows = [[r["train/loss"] for r in lines(tmp_path / d) if "train/loss" in r] for d in ("one", "two")]
     torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), atol=1e-5, rtol=0)
+
+
+def test_schedules_are_the_runs_whatever_stages_it_has(tmp_path):
+    """The temperature warms up over the epochs of the run, which differ in length from stage to stage."""
+    run(tmp_path, *VIT, "loop.epochs=3", "loop.stages=[{epochs: 1}, {epochs: 2, batch_size: 12}]", "task.teacher_temperature=0.04",
+        "task.warmup_teacher_temperature=0.02", "task.warmup_teacher_temperature_epochs=3")  # fmt: skip
+    heat = [row["train/teacher_temperature"] for row in lines(tmp_path) if "train/loss" in row]
+    assert heat == pytest.approx([0.02] * 3 + [0.03] * 2 + [0.04] * 2)
 
 
 def test_overfitting_one_batch_still_compares_views(tmp_path):
@@ -246,6 +261,11 @@ BAD = {
     "augmentation": (["augmentation=basic"], "augmentation", "augmentation=dino"),
     "average": (["loop.ema_decay=0.9"], "loop.ema_decay", "task.momentum"),
     "warm-up": (["task.warmup_teacher_temperature_epochs=3"], "task.warmup_teacher_temperature_epochs", "ends after 2 epochs"),
+    "warm-up of stages": (
+        ["task.warmup_teacher_temperature_epochs=3", "loop.epochs=null", "loop.stages=[{epochs: 1}, {epochs: 1}]"],
+        "task.warmup_teacher_temperature_epochs",
+        "ends after 2 epochs",
+    ),
     "mask ratio": (["task.method=ibot", "task.mask_ratio=[0.5,0.1]"], "task.mask_ratio", "task.mask_ratio=[0.1,0.5]"),
     "convnet for ibot": (["task.method=ibot", "model=resnet18"], "model.name", "task.method=dino"),
 }
