@@ -23,6 +23,7 @@ from tasks.kd.teachers import Look, Teacher
 from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import assert_same_run, last, stop_after
 from trainer import load_model
+from trainer.build import build_data, build_task
 from trainer.errors import ConfigError, Stopped
 from trainer.launch.compose import checked, compose, compose_run
 from trainer.run import train
@@ -341,6 +342,19 @@ def test_without_a_teacher_one_is_trained_and_kept(tmp_path, monkeypatch):
     other = train(compose_run(*arguments, "seed=5"))
     assert other["last"]["val/top1"] >= 0
     assert (place / "checkpoints" / "last.pt").stat().st_mtime_ns == written, "another seed's student learns from the same"
+
+
+def test_a_teacher_of_its_own_is_not_frozen_as_the_student_is(tmp_path):
+    """The same run as for a student that trains whole, where all of it trains."""
+    frozen = ["loop.freeze_to=blocks.2", "loop.freeze=[patch_embed]", "loop.stages=[{epochs: 1, freeze_to: blocks.4}, {epochs: 1}]",
+              "optimizer.backbone_lr=1e-5"]  # fmt: skip
+    arguments = [*STUDENT, "task.teacher_model=test_resnet", f"runs_dir={tmp_path}"]
+    plain, run = compose_run(*arguments, "loop.stages=[{epochs: 1}, {epochs: 1}]"), compose_run(*arguments, *frozen)
+    (needed,) = run.task.prerequisites(run)
+    assert run_directory(needed) == run_directory(plain.task.prerequisites(plain)[0])
+    assert run.loop.stages[0].freeze_to == "blocks.4", "the student's stay"
+    task = build_task(needed, build_data(needed), torch.device("cpu"), 1)
+    assert all(p.requires_grad for p in task.parameters())
 
 
 def test_runs_that_need_the_same_teacher_wait_for_whoever_trains_it(tmp_path):
