@@ -183,25 +183,45 @@ def test_attention_of_class_tokens_alone_is_the_networks_own():
     torch.testing.assert_close(maps.flatten(2), seen[0][:, :, 0, 1:])
 
 
-@pytest.mark.parametrize(
-    ("collapse", "says"),
-    [("alike", "the teacher finds all prototypes alike"), ("one", "the teacher says the same of nearly every image")],
-)
-def test_a_collapse_is_named_with_what_to_change(collapse, says, caplog):
-    task = make(*VIT, "dataset=synthetic", "dataset.num_classes=3").eval()
+COLLAPSES = {  # what happens: what is said of it, what is not, with which centering
+    "alike": ("the teacher finds all prototypes alike", "the same", "mean", "task.teacher_temperature=0.01"),
+    "one": ("the teacher says the same of nearly every image", "alike", "mean", "task.center_momentum=0.45"),
+    "one, balanced": ("the teacher says the same of nearly every image", "center_momentum", "sinkhorn", "loop.batch_size"),
+    "features": ("the features of all images point the same way", "center_momentum", "sinkhorn", "task.koleo_weight=0.1"),
+}
+
+
+@pytest.mark.parametrize("collapse", COLLAPSES)
+def test_a_collapse_is_named_with_what_to_change(collapse, caplog):
+    says, leaves_out, centering, helps = COLLAPSES[collapse]
+    task = make(*VIT, "dataset=synthetic", "dataset.num_classes=3", f"task.centering={centering}").eval()
     with torch.no_grad():
         if collapse == "alike":
             for p in task.teacher.head.parameters():
                 p.zero_()
             task.teacher.head.last_layer.weight_v.fill_(1.0)
+        elif collapse == "features":
+            task.teacher.backbone.norm.weight.fill_(1e-4)
+            task.teacher.backbone.norm.bias.fill_(1.0)
         else:
             task.center[1:] = 10.0
     evaluator = task.evaluator()
     with caplog.at_level(logging.WARNING), torch.no_grad():
         evaluator.update({"image": torch.randn(8, 3, 16, 16), "label": torch.zeros(8).long(), "index": torch.arange(8)})
         evaluator.compute()
-    assert says in caplog.text
-    assert "task.teacher_temperature=" in caplog.text
+    said = next(record.message for record in caplog.records if says in record.message)
+    assert helps in said
+    assert leaves_out not in said
+
+
+def test_a_network_that_has_not_learned_yet_has_not_collapsed(caplog):
+    task = make("model=xcit_micro").eval()
+    evaluator = task.evaluator()
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        evaluator.update({"image": torch.randn(8, 3, 32, 32), "label": torch.zeros(8).long(), "index": torch.arange(8)})
+        scores = evaluator.compute()
+    assert scores["feature_std"] < 0.05
+    assert "point the same way" not in caplog.text
 
 
 def test_without_labels_it_learns_and_watches_all_the_same(tmp_path):
