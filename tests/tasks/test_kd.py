@@ -21,7 +21,7 @@ from tasks.kd.config import KdConfig
 from tasks.kd.task import Kd
 from tasks.kd.teachers import Look, Teacher
 from tests.processes import finish, logs, start, start_ranks
-from tests.test_exact import assert_same_run, last, stop_after
+from tests.test_exact import assert_close_runs, assert_same_run, last, stop_after
 from trainer import load_model
 from trainer.build import build_data, build_task
 from trainer.errors import ConfigError, Stopped
@@ -323,6 +323,26 @@ def test_a_stopped_run_ends_in_the_same_bits_and_needs_no_teacher_to_be_used(ove
     teacher_copy.unlink()
     model = load_model(tmp_path / "broken")
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+DEIT = ["task.method=deit", "model.name=deit_tiny_distilled_patch16_224", "+model.args={embed_dim: 32, depth: 2, num_heads: 2}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unused"),
+    [
+        (["task.method=soft", "task.feature_weight=1.0", "loop.samples_per_epoch=46", "loop.drop_last=false"], False),
+        (["task.method=embedding", "task.weight=1"], True),
+        ([*DEIT, "task.weight=1"], True),
+    ],
+)
+def test_two_ranks_train_what_one_does(overrides, unused, trained, tmp_path):
+    """Losses and weights, the projection of features too; parts that no gradient reaches are no hindrance."""
+    arguments = [*STUDENT, *overrides, f"task.teacher={trained}", "optimizer=sgd", "optimizer.lr=0.05", "loop.max_validation_batches=1"]
+    assert open_task(*arguments).find_unused_parameters == unused
+    both = start_ranks(tmp_path / "two", arguments, 2)
+    assert finish([start(tmp_path / "one", arguments), *both]) == [0, 0, 0], logs(tmp_path / "one") + logs(tmp_path / "two")
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
 
 
 def test_without_a_teacher_one_is_trained_and_kept(tmp_path, monkeypatch):

@@ -218,6 +218,7 @@ def test_filled_images_keep_what_was_visible():
     "overrides",
     [
         [*VIT, "task.method=simmim", "precision=bf16"],
+        [*SWIN, "task.method=simmim", "model.drop_path_rate=0.2", "loop.activation_checkpointing=true"],
         [*VIT, "task.mask=block", "task.mask_unit=8", "loop.accumulate=2", "loop.activation_checkpointing=true"],
         [*VIT, "task.method=crossmae", "precision=bf16", "loop.activation_checkpointing=true"],
         [*CONVNEXT, "precision=bf16", "loop.activation_checkpointing=true", "model.drop_path_rate=0.2"],
