@@ -115,7 +115,7 @@ def test_simmim_is_transformers_vit():
 
 def test_simmim_is_transformers_swin():
     transformers = pytest.importorskip("transformers")
-    task = make(*SWIN, "task.method=simmim", "task.mask_unit=8", "model.drop_path_rate=0").eval()
+    task = make(*SWIN, "task.method=simmim", "task.mask_unit=8", "model.drop_path_rate=0").train()
     other = transformers.SwinForMaskedImageModeling(
         transformers.SwinConfig(
             image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, encoder_stride=4, drop_path_rate=0.0
@@ -218,6 +218,7 @@ def test_filled_images_keep_what_was_visible():
     "overrides",
     [
         [*VIT, "task.method=simmim", "precision=bf16"],
+        [*SWIN, "task.method=simmim", "model.drop_path_rate=0.2", "loop.activation_checkpointing=true"],
         [*VIT, "task.mask=block", "task.mask_unit=8", "loop.accumulate=2", "loop.activation_checkpointing=true"],
         [*VIT, "task.method=crossmae", "precision=bf16", "loop.activation_checkpointing=true"],
         [*CONVNEXT, "precision=bf16", "loop.activation_checkpointing=true", "model.drop_path_rate=0.2"],
