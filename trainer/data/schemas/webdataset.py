@@ -141,7 +141,7 @@ class WebDatasetConfig(DatasetConfig):
 
     def reader_problems(self, ranks: int) -> Iterator[Problem]:
         """In streaming, every reader needs a training shard of its own."""
-        each = max(int(self.num_workers), 1) if self.num_workers != "auto" else 1
+        each = max(int(self.num_workers), 1) if self.num_workers != "auto" else 1  # auto takes no more than there are shards for
         count = len(self.shards("train").places) if self.streaming else None
         if count is not None and count < ranks * each:
             key, value = ("dataset.num_workers", self.num_workers) if ranks <= count else ("dataset.streaming", True)
