@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests import layouts
 from trainer.config import RunConfig
-from trainer.launch import bench_loader, show_batch
+from trainer.errors import ConfigError
+from trainer.launch import bench_loader, describe, show_batch
 from trainer.launch.compose import compose_run
 
 
@@ -120,6 +122,47 @@ def test_the_views_of_an_image_lie_side_by_side(tmp_path):
             view = unmarked(run, batch[name][:1, v], scale)[0]
             assert (sheet[: len(view), left : left + len(view)] == view).all(), f"{name} {v} of the first image"
             left += len(view) + show_batch.GAP * scale
+
+
+def described(capsys, *arguments: str) -> tuple[str, str]:
+    """What the verb prints, and what it warns of."""
+    assert describe.main(arguments) == 0
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def test_data_are_described_whatever_the_task_and_however_few(tmp_path, capsys):
+    """What the run would be refused for is no reason not to look at its data."""
+    layouts.coco(tmp_path / "coco")
+    words = ["dataset=coco", f"dataset.path={tmp_path / 'coco'}", "--out", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="have no label"):
+        compose_run(*words[:2])
+    said, warned = described(capsys, *words)
+    assert f"train: {layouts.TRAIN} samples, 2 classes" in said and "objects a class: 14 to 14, odd 14, even 14" in said and not warned
+    for split in ("train", "val"):
+        layouts.put(tmp_path / "tiny" / split / "even" / "0.png", 0)
+    words = ["dataset=image_folder", f"dataset.path={tmp_path / 'tiny'}", "--out", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="more than the 1 training images"):
+        compose_run(*words[:2])
+    said, warned = described(capsys, *words)
+    assert "train: 1 samples" in said and "1 images are in both splits" in said and not warned
+    (tmp_path / "tiny" / "train" / "even" / "1.png").write_bytes(b"no image")
+    said, _ = described(capsys, *words)
+    assert "1 that cannot be read" in said and f"{tmp_path / 'tiny' / 'train' / 'even' / '1.png'}: not an image" in said
+    assert (tmp_path / "out" / "data.png").is_file()
+
+
+def test_one_split_is_described_alone_and_none_is_refused(tmp_path, capsys):
+    layouts.voc(tmp_path / "voc")
+    (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt").unlink()
+    words = ["dataset=voc", f"dataset.path={tmp_path / 'voc'}", "--out", str(tmp_path / "out")]
+    said, warned = described(capsys, *words)
+    assert f"val: {layouts.VAL} samples" in said and "train:" not in said
+    assert "warning: only the val split can be looked at" in warned and "dataset.train_list" in warned
+    (tmp_path / "voc" / "ImageSets" / "Main" / "val.txt").unlink()
+    for wrong in ([], ["dataset.shape_groups=-1"], ["dataset.shape_group=1"]):
+        with pytest.raises(ConfigError, match=r"dataset\.(train_list|shape_group)"):
+            describe.main([*words, *wrong])
 
 
 def test_fewest_workers_within_reach_of_the_best_are_recommended():
