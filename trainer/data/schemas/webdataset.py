@@ -222,7 +222,7 @@ class WebDatasetConfig(DatasetConfig):
                 yield Problem(
                     key,
                     None,
-                    f"the size of a stream without an info file must be given ({len(shards.places)} shards)",
+                    f"the size of a stream that no info file tells must be given ({len(shards.places)} shards)",
                     f"{key}=<samples>, or dataset.streaming=false",
                 )
             return
