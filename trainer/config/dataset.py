@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from trainer.config.fields import setting
 from trainer.errors import Problem
@@ -30,6 +31,7 @@ class DatasetConfig:
 
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label"})
     on_disk: ClassVar[bool] = True
+    splits = ("train", "val")  # those that have to be there; of whoever needs only one of them, `alone`
     tiny: ClassVar[bool] = False  # a few pixels, and left and right differ, as in digits: no mirror images, no small pieces
 
     path: str | None = setting(None, "where the data lie; required for every dataset on disk")
@@ -72,9 +74,18 @@ class DatasetConfig:
         """What is known before reading images. Raises OSError where files are missing."""
         return Facts()
 
-    def to_evaluate(self) -> DatasetConfig:
-        """The same data for who wants to measure on them and not to train: perhaps there is only one split."""
-        return self
+    def alone(self, split: str) -> Self:
+        """The same data for whoever needs only one split of them: the other need not be there."""
+        one = copy.copy(self)
+        one.splits = (split,)
+        return one
+
+    def facts_of(self, source: Callable[[str], Source]) -> Facts:
+        """What the splits that are needed tell, given how one is opened."""
+        found = {split: source(split) for split in self.splits}
+        counts = {f"num_{split}": len(of_split) for split, of_split in found.items()}
+        one = found[self.splits[0]]
+        return Facts(num_classes=len(one.classes), channels=one.channels, **counts)
 
     def problems(self) -> Iterator[Problem]:
         if self.on_disk and not self.path:

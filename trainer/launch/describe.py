@@ -1,11 +1,15 @@
-"""`python -m trainer describe-data <overrides>`: what is in a run's dataset."""
+"""`python -m trainer describe-data <overrides>`: what is in a run's dataset, whether a run could train on it or not."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.launch.door import checked_run
+from trainer.config import DatasetConfig
+from trainer.errors import ConfigError
+from trainer.launch import diagnose
+from trainer.launch.compose import checked, compose
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,5 +26,27 @@ def main(argv: Sequence[str]) -> int:
         "--out", type=Path, default=Path("outputs/describe-data"), help="folder of the drawing (default: outputs/describe-data)"
     )
     options, overrides = parser.parse_known_args(argv)
-    describe(checked_run(overrides).dataset, options.out, options.limit)
+    describe(looked_at(overrides), options.out, options.limit)
     return 0
+
+
+def looked_at(overrides: Sequence[str]) -> DatasetConfig:
+    """The dataset of a command line; of one that lacks a split, or has a bad one, the other alone, with a warning.
+
+    Raises:
+        ConfigError: there is nothing to look at.
+    """
+    from trainer.validation import problems_of_data
+
+    composed = compose(overrides)
+    run, problems = checked(composed, lambda run: ())
+    if run is None or problems:
+        raise ConfigError(*problems)
+    found = [diagnose.with_fix(p, composed.before) for p in problems_of_data(run.dataset)]
+    if not found:
+        return run.dataset
+    for one in map(run.dataset.alone, run.dataset.splits):
+        if not any(problems_of_data(one)):
+            print(f"warning: only the {one.splits[0]} split can be looked at:", *found, sep="\n", file=sys.stderr)
+            return one
+    raise ConfigError(*found)
