@@ -60,7 +60,10 @@ def _reading(run: RunConfig, world: World, divided: Source | None = None) -> dic
     most_readers = getattr(divided, "most_readers", None)
     if most_readers is not None and cfg.num_workers == "auto":  # a number that a user wrote was checked before the run
         workers = min(workers, most_readers(world.size))
-    return {"workers": workers, "prefetch": cfg.prefetch, "timeout": cfg.worker_timeout, "max_bad_samples": cfg.max_bad_samples}
+    return {
+        "workers": workers, "prefetch": cfg.prefetch, "timeout": cfg.worker_timeout, "max_bad_samples": cfg.max_bad_samples,
+        "keep": cfg.keep_mb * 1_000_000,
+    }  # fmt: skip
 
 
 def spread(size: int, count: int) -> np.ndarray:

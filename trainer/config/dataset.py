@@ -42,6 +42,13 @@ class DatasetConfig:
         "auto", "processes that load data, per rank; auto = from the cores this rank may use", ge=0, words=["auto"], identity=False
     )
     prefetch: int = setting(2, "batches each worker keeps ready", ge=1, identity=False)
+    keep_mb: int = setting(
+        0,
+        "memory of each loader process, in MB, for samples that it does not decode again: those that leave it the same each time, so of training "
+        "images those that are not cut at random",
+        ge=0,
+        identity=False,
+    )
     mean: list[float] = setting([0.485, 0.456, 0.406], "mean per channel of images in [0, 1], subtracted", identity=True)
     std: list[float] = setting([0.229, 0.224, 0.225], "standard deviation per channel, divided by", gt=0)
     repeats: int = setting(

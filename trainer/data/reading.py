@@ -100,9 +100,10 @@ class Reading:
     Args:
         rows: the places in the source that a replacement is drawn from; None = all.
         replace: put another sample in the place of a bad one; otherwise it is left out.
+        keep: bytes of samples that each process keeps, where the augmentation is `constant`: makes the same of a sample each time.
     """
 
-    def __init__(self, source: Source, augmentation: Augmentation, *, rows: np.ndarray | None = None, replace: bool) -> None:
+    def __init__(self, source: Source, augmentation: Augmentation, *, rows: np.ndarray | None = None, replace: bool, keep: int = 0) -> None:
         self.source, self.augmentation, self.rows, self.replace = source, augmentation, rows, replace
         self.in_main_process = True
         self.names: frozenset[str] = frozenset()  # of a sample's fields; learned from the first
@@ -110,6 +111,8 @@ class Reading:
         self.others = getattr(augmentation, "others", None)
         # An augmentation that cuts before it decodes wants images with their pixels still unread.
         self.lazy = bool(getattr(augmentation, "lazy", False)) and hasattr(source, "lazy")
+        self.room = keep if getattr(augmentation, "constant", False) else 0  # bytes
+        self.kept: dict[int, dict[str, Any]] = {}
 
     def layout(self, sample: dict[str, Any], rows: int) -> Layout:
         """How batches look whose samples are all like this one."""
@@ -168,10 +171,15 @@ class Reading:
         return number % len(self.source) if self.rows is None else int(self.rows[number % len(self.rows)])
 
     def _one(self, index: int, key: int, epoch: int, bad: list[tuple[str, str]]) -> dict[str, Any]:
+        if index in self.kept:
+            return self.kept[index]
         random = SampleRandom(key, restores=self.in_main_process)
         augmentation: Any = self.augmentation
         if self.others is None or not self.others(random, epoch):
-            return augmentation.sample(self._raw(index), random)
+            sample = augmentation.sample(self._raw(index), random)
+            if self.room > 0:
+                self._keep(index, sample)
+            return sample
 
         def other(number: int, use: Callable[[Sample], Made]) -> Made:
             for attempt in range(ATTEMPTS):
@@ -183,6 +191,12 @@ class Reading:
             raise _hopeless(bad)
 
         return augmentation.together(self._raw(index), other, random)
+
+    def _keep(self, index: int, sample: dict[str, Any]) -> None:
+        size = sum(value.nbytes for value in sample.values() if isinstance(value, Tensor | np.ndarray))
+        if size <= self.room:
+            self.kept[index] = sample
+            self.room -= size
 
     def _raw(self, index: int) -> Sample:
         if not self.lazy:
