@@ -12,7 +12,8 @@ from tests.layouts import VAL, webdataset
 from tests.processes import finish, logs, start_ranks
 from tests.test_exact import last
 from trainer.data import loader
-from trainer.launch import show_batch
+from trainer.errors import ConfigError
+from trainer.launch import bench_loader, show_batch
 from trainer.launch.compose import compose_run
 from trainer.run import train
 from trainer.rundir import RunDirectory
@@ -62,6 +63,16 @@ def test_two_ranks_train_on_a_stream_stop_and_go_on(shards, tmp_path):
         for first in range(0, len(passes[0]), VAL // 2):
             both = [v for mine in passes for v in mine[first : first + VAL // 2]]
             assert sorted(both) == expected, "every image once, each time"
+
+
+def test_the_loader_is_measured_with_no_more_workers_than_there_are_shards(shards, capsys, monkeypatch):
+    monkeypatch.setattr(bench_loader, "default_workers", lambda: [0, 1, 64])
+    run = [*SHORT, f"dataset.path={shards}", "dataset.streaming=true"]
+    assert bench_loader.main([*run, "--prefetch", "2", "--seconds", "0.1"]) == 0
+    measured = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit()]
+    assert measured == ["0", "1"]
+    with pytest.raises(ConfigError, match=r"64 readers are more than the \d+ training shards"):
+        bench_loader.main([*run, "--workers", "64", "--seconds", "0.1"])
 
 
 def test_as_many_workers_as_there_are_cores_but_no_more_than_shards(shards, tmp_path, monkeypatch, caplog):

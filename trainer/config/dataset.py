@@ -64,7 +64,10 @@ class DatasetConfig:
     )
     train_fraction: float = setting(1.0, "use this fraction of the training samples, the same for every epoch", gt=0, le=1)
     max_bad_samples: int = setting(
-        100, "give up (exit 3) after this many samples that one rank cannot read; each is replaced by another", ge=0, identity=False
+        100,
+        "give up (exit 3) after this many samples that cannot be read, all ranks together; each is replaced by another",
+        ge=0,
+        identity=False,
     )
     worker_timeout: float = setting(
         300.0,

@@ -15,7 +15,7 @@ from trainer.errors import DataError
 from trainer.random import SampleRandom, fold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from trainer.data.augment import Augmentation, Made
     from trainer.data.order import Draw
@@ -225,7 +225,7 @@ def _hopeless(bad: list[tuple[str, str]]) -> DataError:
 
 
 class BadSamples:
-    """Counts bad samples by name, says each once, and gives up when there are too many."""
+    """Counts the bad samples that this rank has met by name, says each once, and gives up when there are too many."""
 
     def __init__(self, limit: int, split: str) -> None:
         self.limit, self.split = limit, split
@@ -237,13 +237,20 @@ class BadSamples:
                 continue
             self.found[name] = why
             logger.warning("bad %s sample %d: %s: %s", self.split, len(self.found), name, why)
-            if len(self.found) > self.limit:
-                listed = "\n".join(f"  {name}: {why}" for name, why in self.found.items())
-                number = f"{len(self.found)} bad {self.split} sample{'s' if self.limit else ''}"
-                raise DataError(
-                    f"{number}, more than dataset.max_bad_samples={self.limit} allows:\n{listed}\n"
-                    "    try: mend or remove them (python -m trainer describe-data lists all that are bad), or a higher dataset.max_bad_samples"
-                )
+            self._judge(self.found)
+
+    def judge_together(self, of_ranks: Iterable[Mapping[str, str]]) -> None:
+        """Give up where what all ranks have found is too much, though no rank has found so much alone. The same on every rank."""
+        self._judge({name: why for found in of_ranks for name, why in found.items()})
+
+    def _judge(self, found: Mapping[str, str]) -> None:
+        if len(found) > self.limit:
+            listed = "\n".join(f"  {name}: {why}" for name, why in found.items())
+            number = f"{len(found)} bad {self.split} sample{'s' if self.limit else ''}"
+            raise DataError(
+                f"{number}, more than dataset.max_bad_samples={self.limit} allows:\n{listed}\n"
+                "    try: mend or remove them (python -m trainer describe-data lists all that are bad), or a higher dataset.max_bad_samples"
+            )
 
 
 def assemble(views: dict[str, Tensor], parts: list[Filled], draw: Draw) -> Batch | None:
