@@ -53,8 +53,8 @@ def test_it_is_maes_head():
     theirs[1].load_state_dict(network.head.state_dict())
     normalize_input(network, "test_vit")
     assert network.get_classifier() is network.head and isinstance(network.head, NormalizedLinear)
+    features = torch.randn(8, 64) * 3 + 1
     for _ in range(3):
-        features = torch.randn(8, 64) * 3 + 1
         torch.testing.assert_close(network.head(features), theirs(features))
     torch.testing.assert_close(network.eval().head(features), theirs.eval()(features))
 
