@@ -125,6 +125,9 @@ class PartDiscoveryConfig(LossConfig):
     )
     preview_images: int = setting(16, "images in the picture of part maps", ge=1, identity=False)
 
+    def whole_batch(self) -> str:
+        return f"task.presence_weight={self.presence_weight:g}" if self.presence_weight else ""
+
     def build(self, run: RunConfig, data: DataInfo) -> PartDiscovery:
         from tasks.part_discovery.task import build
 

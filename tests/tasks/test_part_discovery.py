@@ -153,6 +153,32 @@ def test_one_rank_and_two_train_alike(tmp_path):
                 assert b[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_but_for_presence_micro_batches_train_as_the_whole_batch(tmp_path):
+    """What `whole_batch` names is all that cutting a batch up changes."""
+    shared = ["optimizer=sgd", "optimizer.lr=0.01", "loop.steps=2", "loop.epochs=null", "loop.validate_every=null"]
+    for name, overrides in (("whole", []), ("cut", ["loop.accumulate=2"])):
+        run(tmp_path / name, *shared, *overrides, "task.presence_weight=0")
+        run(tmp_path / f"{name}-presence", *shared, *overrides)
+    whole, cut, *presence = (last(tmp_path / name)["task"] for name in ("whole", "cut", "whole-presence", "cut-presence"))
+    for name, value in whole.items():
+        torch.testing.assert_close(cut[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert max((presence[0][name] - presence[1][name]).abs().max() for name in whole) > 1e-5
+
+
+def test_the_result_says_that_the_best_was_chosen_on_test_images(tmp_path):
+    LAYOUTS["cub"](tmp_path / "cub")
+    for overrides, split in (([], "test"), (["dataset.val_fraction=0.3"], "train")):
+        result = run(
+            tmp_path / split,
+            *_on(tmp_path / "cub", "cub"),
+            *overrides,
+            "loop.steps=1",
+            "loop.epochs=null",
+            "task.keypoint_regression=false",
+        )
+        assert result["validated_on"] == split
+
+
 def shared_presence(kind: str) -> tuple[float, list[float]]:
     """The loss, and the gradient that DDP would make of both ranks', by images."""
     from trainer.distributed import open_world

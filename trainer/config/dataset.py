@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,11 @@ from trainer.errors import Problem
 
 if TYPE_CHECKING:
     from trainer.data.source import Source
+
+
+def is_test(split: str) -> bool:
+    """Whether a split of this name holds test images: test, full_test_set, test2017 …"""
+    return re.search(r"(?<![a-z])test", split.lower()) is not None
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class DatasetConfig:
 
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label"})
     on_disk: ClassVar[bool] = True
+    spares_test: ClassVar[str] = "dataset.val_fraction=0.1 holds training images out instead"  # where `validates_on` says test
     tiny: ClassVar[bool] = False  # a few pixels, and left and right differ, as in digits: no mirror images, no small pieces
 
     path: str | None = setting(None, "where the data lie; required for every dataset on disk")
@@ -71,6 +78,11 @@ class DatasetConfig:
     def facts(self) -> Facts:
         """What is known before reading images. Raises OSError where files are missing."""
         return Facts()
+
+    def validates_on(self) -> str:
+        """Which images validate, for result.json and its readers: the split's or folder's name; "train" where they are held out of
+        the training images. Where `is_test(...)` of it, a run warns that its best checkpoint is chosen on test images."""
+        return "val"
 
     def to_evaluate(self) -> DatasetConfig:
         """The same data for who wants to measure on them and not to train: perhaps there is only one split."""

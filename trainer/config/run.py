@@ -50,6 +50,11 @@ class TaskConfig:
         They lie in directories of their own, and whoever needs the same finds them there."""
         return ()
 
+    def whole_batch(self) -> str:
+        """What of the loss looks at all images of a batch at once, as settings; "" = nothing. It may look at every rank's, but not
+        past a micro-batch, so that `loop.accumulate` changes it: a warning says so before the run."""
+        return ""
+
     def for_inference(self) -> Self:
         """The same task for a network that is trained already: without what only training needs from elsewhere."""
         return self

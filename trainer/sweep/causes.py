@@ -64,7 +64,9 @@ def remedy(reason: str | None, directory: RunDirectory, *, ranks: int = 1, timeo
         accumulate = smaller_pieces(run, ranks)
         if accumulate is None:
             return Remedy(cause, held=f"{cause.value} with one image at a time already: {reason}")
-        return Remedy(cause, told=f"loop.accumulate={accumulate}: half the micro-batch, the same batch", accumulate=accumulate)
+        whole = run.task.whole_batch()
+        but = f", though {whole} looks at each micro-batch by itself" if whole else ""
+        return Remedy(cause, told=f"loop.accumulate={accumulate}: half the micro-batch, the same batch{but}", accumulate=accumulate)
     if cause is Cause.node:
         host = directory.read_status().get("host")
         found = re.search(r"rank \d+ on ([\w.-]+) is gone", reason or "")

@@ -67,6 +67,9 @@ class ImageFolderConfig(DatasetConfig):
         part = None if self.val_fraction is None else (split, self.val_fraction, self.split_seed)
         return folder_source(train if split == "train" else val, self.extensions, self.classes(), part, grouped=self.GROUPED)
 
+    def validates_on(self) -> str:
+        return "train" if self.val_fraction is not None else Path(self.val_path or self.val_folder).name
+
     def to_evaluate(self) -> DatasetConfig:
         root = Path(self.path or "").expanduser()
         if self.val_path or self.val_fraction is not None or (root / self.train_folder).is_dir():
