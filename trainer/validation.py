@@ -262,6 +262,7 @@ def warnings_of(run: RunConfig, *, here: bool = True) -> Iterator[str]:
             f"{asked}: {run.task.whole_batch()} looks at all images of a batch at once, but not past a micro-batch, so cutting the batch up changes "
             "what is learned; loop.accumulate=1 does not, with more ranks or loop.activation_checkpointing=true where memory is short"
         )
+    yield from run.task.warnings(run)
     if is_test(split := run.dataset.validates_on()):
         yield (
             f"dataset.path={run.dataset.path}: what validates ({split}) are test images, so best.pt is chosen on them, and what it scores there is "

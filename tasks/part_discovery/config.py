@@ -128,6 +128,18 @@ class PartDiscoveryConfig(LossConfig):
     def whole_batch(self) -> str:
         return f"task.presence_weight={self.presence_weight:g}" if self.presence_weight else ""
 
+    def warnings(self, run: RunConfig) -> Iterator[str]:
+        if not (run.model.pretrained or run.init_from) and (self.scratch_lr_factor > 1 or self.freeze_stage_1):
+            yield (
+                "model.pretrained=false: these are values for pretrained networks, which hardly move or are frozen, and here they are random; "
+                "model=dinov2_vit_b model.pretrained=true, or begin with experiment=parts_cub10, which learns from scratch"
+            )
+        if self.stages == 2 and self.mask_gradient == "straight_through" and run.precision.autocast == "float16":
+            yield (
+                "precision.autocast=float16: the weight of a hidden token, 1e-10, is zero there, so task.mask_gradient=straight_through teaches at "
+                "seen places alone; precision=bf16 and fp32 can hold it"
+            )
+
     def build(self, run: RunConfig, data: DataInfo) -> PartDiscovery:
         from tasks.part_discovery.task import build
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shlex
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from tasks.part_discovery import losses
+from tasks.part_discovery.config import PartDiscoveryConfig
 from tasks.part_discovery.task import PartDiscovery
 from tests.layouts import LAYOUTS
 from tests.processes import finish, logs, start, start_ranks
@@ -25,11 +28,13 @@ from tests.thresholds import LEARNS, PARTS_NMI, PARTS_TOP1
 from trainer.build import build_data, build_task
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError, Stopped
+from trainer.identity import identity
 from trainer.launch import evaluate as evaluate_verb
 from trainer.launch import predict as predict_verb
 from trainer.launch.compose import CONF, checked, compose, compose_run
 from trainer.run import loaders, train
 from trainer.rundir import RunDirectory
+from trainer.validation import warnings_of
 
 TINY = [
     "task=part_discovery", "task.num_parts=4", "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2", "dataset.image_size=32",
@@ -318,6 +323,65 @@ def test_evaluate_and_predict_tell_the_class_and_the_parts_of_every_image(tmp_pa
     assert predict_verb.main([str(done), str(images), "checkpoint=last", f"classes={two}", "--out", str(tmp_path / "two")]) == 0
     with open(tmp_path / "two" / "predictions.csv") as file:
         assert {row["predicted"] for row in csv.DictReader(file)} <= set(source.classes[:2])
+
+
+PAPER = {  # ../shared/spec/systems.md, sec. 2.2 and 2.3, and the guide's advice on batch and learning rate
+    "task.stages": 2, "task.num_parts": 8, "task.gumbel": True, "task.temperature": 1.0, "task.pool": "mean", "task.modulation": "layer_norm",
+    "task.part_dropout": 0.3, "task.part_dropout_stage_2": 0.3, "task.mask_gradient": "straight_through", "task.bounded_mask_gradient": False,
+    "task.orthogonality_axis": "parts", "task.gumbel_at_eval": False, "task.presence_scope": "global", "task.presence_type": "original",
+    "task.stage_1_weight": 1, "task.stage_2_weight": 1, "task.orthogonality_weight": 1, "task.equivariance_weight": 1, "task.presence_weight": 1,
+    "task.enforced_presence_weight": 2, "task.enforced_presence_type": "enforced_presence", "task.total_variation_weight": 1, "task.entropy_weight": 1,
+    "task.concentration_weight": 0, "task.equivariance_rotation": 90, "task.equivariance_translation": 0.11, "task.terms_warmup": 0,
+    "task.freeze_stage_1": True, "task.freeze_stage_1_tokens": False, "task.freeze_stage_2": False, "task.stage_1_blocks": None,
+    "task.scratch_lr_factor": 1e4, "task.modulation_lr_factor": 1e4, "task.finer_lr_factor": 1e3, "task.stage_two_lr_factor": 1,
+    "optimizer.lr": 1e-6, "optimizer.base_batch_size": 16, "optimizer.weight_decay": 0.05, "optimizer.weight_decay_scaling": "normalized",
+    "loop.batch_size": 128, "loop.max_grad_norm": 2.0, "loop.num_epochs": 90, "dataset.image_size": 518,
+}  # fmt: skip
+
+
+def test_defaults_are_the_papers_and_the_recipe_adds_the_weights():
+    places = {name: attrgetter(name) for name in PAPER}
+    for overrides in (["task=part_discovery", "dataset=cub", "model=dinov2_vit_b"], ["experiment=ifam_cub"]):
+        run, _ = checked(compose([*overrides, "dataset.path=/data/CUB_200_2011"]))
+        assert run is not None
+        assert {name: place(run) for name, place in places.items()} == PAPER
+        assert run.optimizer.scaled_lr(128) == pytest.approx(2.828e-6, rel=1e-3)
+        assert run.optimizer.scaled_weight_decay(0.05, 46 * 90) == pytest.approx(7.77e-4, rel=1e-3)
+        assert run.model.pretrained == (overrides[0] == "experiment=ifam_cub")
+
+
+def test_the_default_run_is_what_it_was():
+    """Small weights of a small network, on the embedded figures: the run directory that it has always had."""
+    run = compose_run("task=part_discovery")
+    assert identity(run) == "705ef83e"
+    assert run.task == dataclasses.replace(  # type: ignore[type-var]
+        PartDiscoveryConfig(num_parts=6, scratch_lr_factor=1.0, modulation_lr_factor=1.0, finer_lr_factor=1.0),
+        gumbel=False, pool="masked_mean", part_dropout_stage_2=0.1, bounded_mask_gradient=True, equivariance_rotation=30.0,
+        enforced_presence_type="linear", enforced_presence_weight=0.2, total_variation_weight=0.1, entropy_weight=0.1, concentration_weight=20.0,
+        terms_warmup=0.15,
+    )  # fmt: skip
+    assert (run.loop.num_epochs, run.loop.batch_size, run.loop.max_reference_images, run.optimizer.lr) == (14, 32, 400, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told", "fix"),
+    [
+        (["task=part_discovery", "dataset=waterbirds"], "model.pretrained=false", ["model.pretrained=true"]),
+        (["experiment=parts_cub10", "dataset.val_fraction=0.1"], None, []),
+        (["experiment=ifam_waterbirds"], None, []),
+        (["experiment=ifam_waterbirds", "precision=fp16"], "precision.autocast=float16", ["precision=bf16"]),
+        (["experiment=ifam_waterbirds", "precision=fp16", "task.mask_gradient=none"], None, []),
+        (["experiment=ifam_waterbirds", "precision=bf16"], None, []),
+        (["task=part_discovery"], None, []),
+    ],
+)
+def test_what_works_but_not_as_hoped_is_told_before_the_run(overrides, told, fix):
+    for way_out in ([], fix):
+        run, _ = checked(compose([*overrides, *way_out]))
+        assert run is not None
+        warned = told is not None and way_out == []
+        found = list(warnings_of(run, here=False))
+        assert [text.split(":")[0] for text in found] == ([told] if warned else [])
 
 
 @pytest.mark.slow

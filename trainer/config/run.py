@@ -55,6 +55,10 @@ class TaskConfig:
         past a micro-batch, so that `loop.accumulate` changes it: a warning says so before the run."""
         return ""
 
+    def warnings(self, run: RunConfig) -> Iterator[str]:
+        """What works between this task and the rest of the run, but perhaps not as hoped, one line each, with the way out."""
+        yield from ()
+
     def for_inference(self) -> Self:
         """The same task for a network that is trained already: without what only training needs from elsewhere."""
         return self
