@@ -43,7 +43,7 @@ def timm_metadata(name: str) -> Any:
         raise ConfigError(Problem("model.name", name, f"{file} describes no network of timm's: {first_line(error)}")) from error
     usual = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
     fixed = own.get("fixed_input_size", usual is not None and usual.fixed_input_size)
-    origin = {"file": where} if local else {"hf_hub_id": where, "hf_hub_filename": own.get("hf_hub_filename")}
+    origin: dict[str, Any] = {"file": where} if local else {"hf_hub_id": where, "hf_hub_filename": own.get("hf_hub_filename")}
     return timm.models.PretrainedCfg(architecture=architecture, fixed_input_size=fixed, **origin)
 
 

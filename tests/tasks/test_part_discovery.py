@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from operator import attrgetter
 from pathlib import Path
 
@@ -229,6 +232,7 @@ def test_presence_over_ranks_is_presence_over_the_whole_batch(tmp_path):
         (["task.stages=1", "task.stage_1_weight=0"], "task.stage_1_weight", "nothing else"),
         (["task.remove_parts=[4]"], "task.remove_parts", "0 to 3"),
         (["task.remove_parts=[0,1,2,3]"], "task.remove_parts", "no part"),
+        (["task.remove_parts=[0,1,2]", "task.leave_one_out=true"], "task.leave_one_out", "one part is left"),
         (["task.part_thresholds=[1.0]"], "task.part_thresholds", "each of 4"),
         (["task.part_thresholds=[1.0,1,1,1]", "task.threshold_quantile=0.1"], "task.threshold_quantile", "already"),
         (["task.presence_type=sometimes"], "task.presence_type", "one of"),
@@ -323,6 +327,38 @@ def test_evaluate_and_predict_tell_the_class_and_the_parts_of_every_image(tmp_pa
     assert predict_verb.main([str(done), str(images), "checkpoint=last", f"classes={two}", "--out", str(tmp_path / "two")]) == 0
     with open(tmp_path / "two" / "predictions.csv") as file:
         assert {row["predicted"] for row in csv.DictReader(file)} <= set(source.classes[:2])
+
+
+def test_parts_are_left_out_by_the_command_line(tmp_path):
+    """`python -m trainer evaluate RUN_DIR task.remove_parts=[3]`, as it is typed; and each part in turn, whose rows say the same."""
+    done = tmp_path / "run"
+    run(done, "task.part_dropout_stage_2=0", "loop.steps=3", "loop.epochs=null")
+    asked = {
+        "whole": [],
+        "less": ["task.remove_parts=[3]"],
+        "each": ["task.leave_one_out=true"],
+        "rest": ["task.leave_one_out=true", "task.remove_parts=[0]"],
+    }
+    for name, overrides in asked.items():
+        arguments = [str(done), *overrides, "checkpoint=last", "--name", name]
+        if name == "less":
+            command = [sys.executable, "-m", "trainer", "evaluate", *arguments]
+            subprocess.run(command, cwd=CONF.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
+        else:
+            assert evaluate_verb.main(arguments) == 0
+    found = {name: json.loads((done / "evaluations" / name / "scores.json").read_text()) for name in asked}
+    assert found["less"]["val/seen_fraction"] < found["whole"]["val/seen_fraction"]
+    tables = {}
+    for name in ("each", "rest"):
+        with open(done / "evaluations" / name / "leave_one_out.csv") as file:
+            tables[name] = {row.pop("without"): {f"val/{key}": float(value) for key, value in row.items()} for row in csv.DictReader(file)}
+    assert list(tables["each"]) == ["none", "0", "1", "2", "3"]
+    assert list(tables["rest"]) == ["none", "1", "2", "3"]
+    for row, scores in ((tables["each"]["none"], found["whole"]), (tables["each"]["3"], found["less"])):
+        assert row.keys() == {"val/top1", "val/top1_stage1", "val/loss", "val/seen_fraction"}
+        assert row == pytest.approx({name: scores[name] for name in row}, rel=1e-5)
+    assert tables["rest"]["none"] == pytest.approx(tables["each"]["0"], rel=1e-5)
+    assert not (done / "evaluations" / "whole" / "leave_one_out.csv").exists()
 
 
 PAPER = {  # ../shared/spec/systems.md, sec. 2.2 and 2.3, and the guide's advice on batch and learning rate
