@@ -73,6 +73,7 @@ class PartScores:
         self.task = task
         self.rows = Rows()
         self.gathered: dict[str, np.ndarray] = {}  # of all ranks, by `compute`
+        self.keeps = True  # whether there will be a picture
         self.shown: list[tuple[Tensor, Tensor]] = []  # image, maps
         given = task.cfg.part_thresholds
         self.thresholds = None if given is None else torch.tensor(given)
@@ -80,10 +81,15 @@ class PartScores:
     def update(self, batch: Batch) -> None:
         found, logits = self.task.model.classify(batch["image"], batch["key"], self._thresholds(batch["image"].device))
         self.rows.add(**self._classes(batch, found, logits), **_places(batch, found.maps), **self._without_each(batch))
+        if self.keeps:
+            self.keep(batch, found.maps)
+
+    def keep(self, batch: Batch, maps: Tensor) -> None:
+        """Some of the images [N, C, S, S] and their maps [N, P, h, w], for the picture."""
         wanted = self.task.cfg.preview_images
         every = max(1, self.task.num_val // wanted)
         for i in (batch["index"] % every == 0).nonzero().flatten().tolist()[: wanted - len(self.shown)]:
-            self.shown.append((batch["image"][i].cpu(), found.maps[i].float().cpu()))
+            self.shown.append((batch["image"][i].cpu(), maps[i].float().cpu()))
 
     def _thresholds(self, device: torch.device) -> Tensor | None:
         return None if self.thresholds is None else self.thresholds.to(device)

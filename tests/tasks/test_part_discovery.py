@@ -22,6 +22,7 @@ from PIL import Image
 
 from tasks.part_discovery import losses
 from tasks.part_discovery.config import PartDiscoveryConfig
+from tasks.part_discovery.evaluation import PartScores
 from tasks.part_discovery.task import PartDiscovery
 from tests.layouts import LAYOUTS
 from tests.processes import finish, logs, start, start_ranks
@@ -171,6 +172,20 @@ def test_but_for_presence_micro_batches_train_as_the_whole_batch(tmp_path):
     for name, value in whole.items():
         torch.testing.assert_close(cut[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert max((presence[0][name] - presence[1][name]).abs().max() for name in whole) > 1e-5
+
+
+def test_images_are_kept_for_a_picture_only_where_there_will_be_one(tmp_path, monkeypatch):
+    kept: list[int] = []
+    monkeypatch.setattr(
+        PartScores, "keep", lambda self, batch, maps, keep=PartScores.keep: (kept.append(len(batch["image"])), keep(self, batch, maps))
+    )
+    shared = ["loop.epochs=3", "dataset.num_train=8", "dataset.num_val=20"]
+    run(tmp_path / "some", *shared, "loop.preview_every=2")
+    assert len(list((tmp_path / "some" / "previews").iterdir())) == 2, "of three validations the first and the last"
+    assert sum(kept) == 2 * 20
+    kept.clear()
+    run(tmp_path / "none", *shared, "loop.preview_every=null")
+    assert not kept
 
 
 def test_the_result_says_that_the_best_was_chosen_on_test_images(tmp_path):
