@@ -134,6 +134,19 @@ def test_resuming_ends_in_the_same_bits(tmp_path, monkeypatch):
     assert [p.relative_to(tmp_path / "unbroken" / "previews").as_posix() for p in pictures] == ["step-0000006/parts.png"]
 
 
+def test_half_precision_learns_and_resumes_in_the_same_bits(tmp_path, monkeypatch):
+    overrides = ["precision=bf16", "task.gumbel=true", "optimizer.lr=1e-3", "task.terms_warmup=0", "loop.validate_every=5", "loop.epochs=5"]
+    run(tmp_path / "unbroken", *overrides)
+    found = rows(tmp_path / "unbroken", "train/loss")
+    assert np.mean(found[-5:]) < LEARNS * np.mean(found[:5])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            run(tmp_path / "broken", *overrides)
+    run(tmp_path / "broken", *overrides)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+
+
 def test_resuming_with_a_schedule_of_freezing_ends_in_the_same_bits(tmp_path, monkeypatch):
     """The first stage's network waits for an epoch. Stopped in the stage in which it is frozen, and in the one in which it is not."""
     overrides = ["loop.epochs=null", "loop.stages=[{epochs: 1, freeze_to: stage_1.backbone}, {epochs: 1}]", "dataset.num_train=24"]
@@ -202,35 +215,48 @@ def test_the_result_says_that_the_best_was_chosen_on_test_images(tmp_path):
         assert result["validated_on"] == split
 
 
-def shared_presence(kind: str) -> tuple[float, list[float]]:
-    """The loss, and the gradient that DDP would make of both ranks', by images."""
+PRESENCES = [(kind, scope) for kind in ("original", "soft_constraint", "tanh", "soft_tanh") for scope in ("global", "rank")]
+
+
+def shared_presence() -> dict[tuple[str, str], tuple[float, list[float]]]:
+    """For each kind and scope the loss, and the gradient that DDP would make of both ranks', by images."""
     from trainer.distributed import open_world
 
+    found = {}
     with open_world(distributed(), cuda=False) as world:
-        mine = maps_of_four()[world.rank * 2 : world.rank * 2 + 2].requires_grad_()
-        loss = losses.presence(mine, kind, across_ranks=True)
-        loss.backward()
-        assert mine.grad is not None
-        whole = torch.zeros(4, *mine.shape[1:])
-        whole[world.rank * 2 : world.rank * 2 + 2] = mine.grad / world.size
-        dist.all_reduce(whole)
-        return loss.item(), whole.sum((2, 3)).flatten().tolist()
+        for kind, scope in PRESENCES:
+            mine = maps_of_four()[world.rank * 2 : world.rank * 2 + 2].requires_grad_()
+            loss = losses.presence(mine, kind, across_ranks=scope == "global")
+            loss.backward()
+            assert mine.grad is not None
+            whole = torch.zeros(4, *mine.shape[1:])
+            whole[world.rank * 2 : world.rank * 2 + 2] = mine.grad / world.size
+            dist.all_reduce(whole)
+            found[kind, scope] = loss.item(), whole.sum((2, 3)).flatten().tolist()
+    return found
+
+
+def presence_of_parts(kind: str, sizes: list[int]) -> tuple[list[float], list[float]]:
+    """In one process: the loss of each part of the four images, and the gradient of their mean."""
+    maps = maps_of_four().requires_grad_()
+    parts = [losses.presence(part, kind) for part in maps.split(sizes)]
+    torch.stack(parts).mean().backward()
+    assert maps.grad is not None
+    return [part.item() for part in parts], maps.grad.sum((2, 3)).flatten().tolist()
 
 
 def maps_of_four() -> torch.Tensor:
     return torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
-def test_presence_over_ranks_is_presence_over_the_whole_batch(tmp_path):
-    for kind in ("original", "tanh"):
-        maps = maps_of_four().requires_grad_()
-        loss = losses.presence(maps, kind)
-        loss.backward()
-        assert maps.grad is not None
-        for outcome in run_ranks(shared_presence, torchrun_environments(2), tmp_path / kind, kind):
-            assert outcome.code == 0, outcome.output
-            assert outcome.value[0] == pytest.approx(loss.item(), abs=1e-6)
-            assert outcome.value[1] == pytest.approx(maps.grad.sum((2, 3)).flatten().tolist(), abs=1e-6)
+def test_presence_over_ranks_is_presence_over_the_whole_batch_or_over_each_ranks_share(tmp_path):
+    for rank, outcome in enumerate(run_ranks(shared_presence, torchrun_environments(2), tmp_path)):
+        assert outcome.code == 0, outcome.output
+        for kind, scope in PRESENCES:
+            values, gradient = presence_of_parts(kind, [4] if scope == "global" else [2, 2])
+            loss, found = outcome.value[kind, scope]
+            assert loss == pytest.approx(values[0 if scope == "global" else rank], abs=1e-6), (kind, scope)
+            assert found == pytest.approx(gradient, abs=1e-6), (kind, scope)
 
 
 @pytest.mark.parametrize(
