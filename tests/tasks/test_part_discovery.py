@@ -343,6 +343,26 @@ def test_it_learns(tmp_path):
     assert np.mean(losses[-5:]) < LEARNS * np.mean(losses[:5])
 
 
+def test_the_recipe_of_ten_birds_learns_from_real_photographs(shared_data, tmp_path):
+    """Two epochs of experiment=parts_cub10, to the picture and the scores of all test images."""
+    shrunk = [
+        "loop.epochs=2",
+        "loop.validate_every=2",
+        "loop.log_every=1",
+        "loop.progress=none",
+        "logger.plots=false",
+        "dataset.num_workers=0",
+    ]
+    config = compose_run("experiment=parts_cub10", f"dataset.path={shared_data / 'cub10'}", *shrunk)
+    result = train(config, RunDirectory(tmp_path))
+    found = rows(tmp_path, "train/loss")
+    assert len(found) == result["steps"] == 2 * (205 // 16)
+    assert np.mean(found[-5:]) < LEARNS * np.mean(found[:5])
+    assert {"val/top1", "val/top1_stage1", "val/seen_fraction"} <= result["last"].keys()
+    assert result["validated_on"] == "test"
+    assert [picture.name for picture in (tmp_path / "previews").rglob("*.png")] == ["parts.png"]
+
+
 def test_evaluate_and_predict_tell_the_class_and_the_parts_of_every_image(tmp_path):
     done, images = tmp_path / "run", tmp_path / "images"
     run(done, "loop.validate_every=1")

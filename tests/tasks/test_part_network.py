@@ -239,6 +239,20 @@ def test_equivariance_runs_stage_1_alone_on_the_turned_images():
     assert seen == {"stage_1": 3, "stage_2": 2}, "0 is not computed"
 
 
+@pytest.mark.parametrize(("dtype", "teaches"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_hidden_tokens_teach_the_mask_where_their_weight_is_no_zero(dtype, teaches):
+    """1e-10 is less than the least number of float16: what a warning before the run says of precision=fp16."""
+    stage_2 = make().train().model.stage_2
+    assert stage_2 is not None
+    mask = (torch.rand(4, 5, 5, generator=torch.Generator().manual_seed(2)) > 0.5).float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        stage_2.features(batch()["image"], Mask(mask, mask)).float().square().sum().backward()
+    assert mask.grad is not None
+    seen = mask.detach() > 0.5
+    assert mask.grad[seen].abs().max() > 0
+    assert (mask.grad[~seen].abs().max() > 0) == teaches
+
+
 @pytest.mark.parametrize("kind", ["layer_norm", "original", "none", "parallel_mlp"])
 def test_modulations(kind):
     x = torch.randn(3, 5, 8)
