@@ -23,7 +23,7 @@ from trainer.distributed import World
 from trainer.errors import Diverged
 from trainer.random import fold, mix
 from trainer.state import TrainState
-from trainer.task import Batch, ComparesWithTraining, Evaluator, Illustrates, Progress, StepOutput, Task
+from trainer.task import Batch, ComparesWithTraining, Evaluator, Illustrates, Keeps, Progress, StepOutput, Task
 from trainer.update import BufferGuard, Clip, Rates, Update, clip_adaptively, clip_each, clip_values
 
 logger = logging.getLogger(__name__)
@@ -251,6 +251,8 @@ class Engine:
         task = self.state.task
         task.eval()
         evaluator = evaluator or task.evaluator()
+        if isinstance(evaluator, Keeps):
+            evaluator.keeps = illustrate and self.world.is_main
         reseed(mix(self.seed))
         # DDP gives all ranks the main rank's batch statistics, but only as the next step begins; a checkpoint holds the main rank's.
         self.world.align([live for live, _ in self.guard.blocks] + (self.state.ema.buffers if self.state.ema else []))

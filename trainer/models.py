@@ -16,7 +16,7 @@ from torch import nn
 from trainer.config.names import nearest
 from trainer.dilation import dilate
 from trainer.errors import ConfigError, Problem
-from trainer.pretrained import first_line, load_torchvision, timm_weights_within_reach, torchvision_weights, unreachable
+from trainer.pretrained import first_line, load_torchvision, timm_metadata, timm_weights_within_reach, torchvision_weights, unreachable
 
 if TYPE_CHECKING:
     from trainer.config.loop import LoopConfig
@@ -33,8 +33,9 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
     """timm's network; with `num_classes=0` it ends in pooled features [N, D]."""
     import timm
 
-    metadata = None
-    if ":" not in cfg.name:  # hf-hub: and local-dir: names are timm's to resolve
+    if ":" in cfg.name:  # of the hub, or in a folder
+        metadata = timm_metadata(cfg.name)
+    else:
         _check_timm_name(cfg.name)
         metadata = timm.models.get_pretrained_cfg(cfg.name)
     arguments: dict[str, Any] = {
@@ -168,8 +169,6 @@ def _unknown(name: str, known: Iterable[str], library: str, lister: str) -> Prob
 def _refused(error: Exception, cfg: ModelConfig, arguments: Mapping[str, Any], image_size: int, library: str) -> Exception:
     """What the library's error means in terms of the config; the error itself where it means nothing."""
     text = first_line(error)
-    if isinstance(error, FileNotFoundError) and cfg.name.startswith("local-dir:"):
-        return ConfigError(Problem("model.name", cfg.name, f"is no folder with a network of timm's: {text}"))
     cannot = unreachable(error, cfg.name)
     if cannot is not None:
         return ConfigError(cannot)

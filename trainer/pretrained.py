@@ -5,6 +5,7 @@ The hub's client retries for most of a minute before it gives up, so a host that
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -17,6 +18,58 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import ConfigError, Problem
+
+
+def timm_metadata(name: str) -> Any:
+    """What timm knows of a network's input and weights, by the config.json of a repository of the hub ("hf_hub:timm/vit_…", out of
+    the cache where it is there) or of a folder ("local-dir:/models/vit"). None where timm knows no such source.
+
+    Raises:
+        ConfigError: there is no such file, and none can be fetched.
+    """
+    import timm
+
+    source, _, where = name.partition(":")
+    local = source.lower() == "local-dir"
+    if not local and source.lower() not in ("hf-hub", "hf_hub"):
+        return None
+    file = Path(where).expanduser() / "config.json" if local else _hub_config(name, where)
+    if not file.is_file():
+        raise ConfigError(Problem("model.name", name, "is no folder with a network of timm's: there is no config.json in it"))
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        architecture, own = str(facts["architecture"]), facts.get("pretrained_cfg", facts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(Problem("model.name", name, f"{file} describes no network of timm's: {first_line(error)}")) from error
+    usual = timm.models.get_pretrained_cfg(architecture, allow_unregistered=True)
+    fixed = own.get("fixed_input_size", usual is not None and usual.fixed_input_size)
+    origin: dict[str, Any] = {"file": where} if local else {"hf_hub_id": where, "hf_hub_filename": own.get("hf_hub_filename")}
+    return timm.models.PretrainedCfg(architecture=architecture, fixed_input_size=fixed, **origin)
+
+
+def _hub_config(name: str, where: str) -> Path:
+    """config.json of a repository of the hub, `owner/name` or `owner/name@revision`."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    repository, _, revision = where.partition("@")
+    try:
+        cached = try_to_load_from_cache(repository, "config.json", revision=revision or None)
+        if isinstance(cached, str):
+            return Path(cached)
+        if _hub_can_be_asked():
+            return Path(hf_hub_download(repository, "config.json", revision=revision or None))
+        why = "is not cached here and cannot be fetched"
+    except Exception as error:  # no such repository, no such file in it, no answer
+        why = f"cannot be had: {first_line(error)}"
+    place = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
+    raise ConfigError(
+        Problem(
+            "model.name",
+            name,
+            f"config.json of {constants.ENDPOINT}/{repository} {why}",
+            f"a network that timm has itself (timm.list_models() prints them), or put what a machine with a network caches in {place}",
+        )
+    )
 
 
 def timm_weights_within_reach(name: str, metadata: Any) -> None:
@@ -38,9 +91,15 @@ def hub_within_reach(repository: str) -> None:
     """Return where Hugging Face's hub can be asked for what is not cached; raise ConfigError otherwise."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or not _host_has_a_name(constants.ENDPOINT):
+    if not _hub_can_be_asked():
         where = f"{constants.HF_HUB_CACHE}/models--{repository.replace('/', '--')}"
         raise ConfigError(_no_weights(f"{constants.ENDPOINT}/{repository}", where))
+
+
+def _hub_can_be_asked() -> bool:
+    from huggingface_hub import constants
+
+    return not constants.HF_HUB_OFFLINE and _host_has_a_name(constants.ENDPOINT)
 
 
 def torchvision_weights(name: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainer import models
 from trainer.dilation import PROBE, parts_in_order, probed
 from trainer.errors import ConfigError, Problem
+from trainer.pretrained import timm_metadata
 
 if TYPE_CHECKING:
     from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
@@ -81,7 +82,10 @@ def timm_pyramid(cfg: TimmModel, strides: Sequence[int], *, image_size: int, in_
 
     if cfg.input_multiple:
         _check_patches(cfg, cfg.input_multiple)
-    metadata = timm.models.get_pretrained_cfg(cfg.name) if ":" not in cfg.name and timm.is_model(cfg.name.partition(".")[0]) else None
+    if ":" in cfg.name:
+        metadata = timm_metadata(cfg.name)
+    else:
+        metadata = timm.models.get_pretrained_cfg(cfg.name) if timm.is_model(cfg.name.partition(".")[0]) else None
     fixed = None
     if metadata is not None and metadata.fixed_input_size:
         fixed = image_size = -(-image_size // 32) * 32

@@ -123,6 +123,7 @@ class Recorder:
         return {
             "metric": self.metric,
             "mode": "max" if self.higher_is_better else "min",
+            "validated_on": self.run.dataset.validates_on(),
             "best": state.best or last,
             "last": last,
             "history": state.history,

@@ -290,4 +290,6 @@ def known_errors(run: RunConfig, world: World) -> Iterator[None]:
 def _too_large(run: RunConfig, world: World) -> ConfigError:
     halved = f"loop.accumulate={run.loop.accumulate * 2}"
     reason = f"does not fit into the memory of {world.device}, cut into {world.size * run.loop.accumulate} part(s)"
-    return ConfigError(Problem("loop.batch_size", run.loop.batch_size, reason, f"{halved}, which changes nothing else"))
+    whole = run.task.whole_batch()
+    effect = f"though {whole} looks at each micro-batch by itself then" if whole else "which changes nothing else"
+    return ConfigError(Problem("loop.batch_size", run.loop.batch_size, reason, f"{halved}, {effect}"))

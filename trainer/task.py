@@ -106,6 +106,13 @@ class Illustrates(Protocol):
     def pictures(self) -> Mapping[str, Tensor]: ...
 
 
+@runtime_checkable
+class Keeps(Protocol):
+    """An evaluator that keeps images for its pictures: it is told before the first `update` whether anybody will ask for them."""
+
+    keeps: bool
+
+
 class Task(nn.Module, ABC):
     """An algorithm: the networks it owns, its loss, its evaluation.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.augmentation_rules import listed_words, mixing, order, task_and_augmentation
 from trainer.config import DatasetConfig, Facts, LrScaling, ModelConfig, RunConfig, stage_runs
+from trainer.config.dataset import is_test
 from trainer.config.fields import MISSING, field_problems
 from trainer.config.schemas import schemas
 from trainer.config.stages import in_stage, length_problems
@@ -262,6 +263,19 @@ def warnings_of(run: RunConfig, *, here: bool = True) -> Iterator[str]:
     """What a user should know before the run, one line each. `here`: it runs on this host, or one like it."""
     if here:
         yield from _warnings_of_host(run)
+    if run.task.whole_batch() and (run.loop.batch_finder or any(part.loop.accumulate > 1 for part in stage_runs(run))):
+        most = max(part.loop.accumulate for part in stage_runs(run))
+        asked = f"loop.accumulate={most}" if most > 1 else "loop.batch_finder=true"
+        yield (
+            f"{asked}: {run.task.whole_batch()} looks at all images of a batch at once, but not past a micro-batch, so cutting the batch up changes "
+            "what is learned; loop.accumulate=1 does not, with more ranks or loop.activation_checkpointing=true where memory is short"
+        )
+    yield from run.task.warnings(run)
+    if is_test(split := run.dataset.validates_on()):
+        yield (
+            f"dataset.path={run.dataset.path}: what validates ({split}) are test images, so best.pt is chosen on them, and what it scores there is "
+            f"no test score; {run.dataset.spares_test}, and last.pt is chosen by nothing"
+        )
     default = next(f.default for f in dataclasses.fields(run.optimizer) if f.name == "base_batch_size")
     if run.optimizer.lr_scaling is LrScaling.none and run.optimizer.base_batch_size != default:
         yield f"optimizer.base_batch_size={run.optimizer.base_batch_size}: has no effect without optimizer.lr_scaling=linear or sqrt"

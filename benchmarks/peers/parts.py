@@ -123,18 +123,32 @@ def evaluation(prune: bool, whole: bool) -> Callable[[], float]:
     return measure
 
 
-def pictures() -> Callable[[], float]:
-    """Seconds that training waits for the picture of 16 images, as a fraction of an epoch of 100 steps of two images."""
-    task, batch = _task("dataset.image_size=112").eval(), _batch(16, 112)
+def pictures(epochs: int) -> Callable[[], float]:
+    """All processor time that a picture of 16 images takes, on whatever thread: to keep images and maps during validation, to draw, to
+    encode and to write. As a fraction of the training of `epochs` epochs, each of 100 steps of two images, one of which has a picture."""
+    import tempfile
+    from pathlib import Path
+
+    from trainer.log.gallery import Gallery
+
+    task, batch = _task("dataset.image_size=224").eval(), _batch(16, 224)
+    task.num_val = 16
+    with torch.no_grad():
+        maps = task.model.stage_1(batch["image"]).maps
     one_step = step("default")
 
     def measure() -> float:
-        evaluator = task.evaluator()
-        with torch.no_grad():
-            evaluator.update(batch)
-        started = time.process_time()
-        evaluator.pictures()  # what follows, encoding and writing, is another thread's
-        return (time.process_time() - started) / (100 * one_step())
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            started = time.process_time()
+            evaluator = task.evaluator()
+            evaluator.keep(batch, maps)
+            gallery = Gallery(Path(folder), lambda *_: None)
+            gallery.add(0, {name: picture.permute(1, 2, 0).numpy() for name, picture in evaluator.pictures().items()})
+            gallery.close()
+            spent = time.process_time() - started
+            assert len(evaluator.shown) == 16
+            assert list(Path(folder).rglob("parts.png"))
+        return spent / (epochs * 100 * one_step())
 
     measure()
     return measure

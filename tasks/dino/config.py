@@ -92,6 +92,11 @@ class DinoConfig(TaskConfig):
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(Parts)}
         return dataclasses.replace(METHODS[self.method], **{name: value for name, value in own.items() if value is not None})
 
+    def whole_batch(self) -> str:
+        found = ["task.centering=sinkhorn"] * (self.parts.centering == "sinkhorn")
+        found += [f"task.koleo_weight={self.parts.koleo_weight:g}"] * (self.parts.koleo_weight > 0)
+        return " with ".join(found)
+
     def build(self, run: RunConfig, data: DataInfo) -> Dino:
         from tasks.dino.build import build
 

@@ -114,6 +114,9 @@ class PartDiscoveryConfig(LossConfig):
     stage_two_lr_factor: float = setting(1.0, "times the learning rate: the second stage's network", gt=0)
 
     remove_parts: list[int] = setting([], "in evaluation, parts whose places count as background, from 0", ge=0)
+    leave_one_out: bool = setting(
+        False, "in `python -m trainer evaluate`, a table of the scores without each part in turn, leave_one_out.csv; costs a pass of the second stage for each"
+    )  # fmt: skip
     part_thresholds: list[float] | None = setting(
         None, "in evaluation, the least z · p with which a place belongs to each part; one number a part; null = off"
     )
@@ -124,6 +127,21 @@ class PartDiscoveryConfig(LossConfig):
         True, "evaluation with named parts and boxes also shows the training images, to fit val/keypoint_nmse"
     )
     preview_images: int = setting(16, "images in the picture of part maps", ge=1, identity=False)
+
+    def whole_batch(self) -> str:
+        return f"task.presence_weight={self.presence_weight:g}" if self.presence_weight else ""
+
+    def warnings(self, run: RunConfig) -> Iterator[str]:
+        if not (run.model.pretrained or run.init_from) and (self.scratch_lr_factor > 1 or self.freeze_stage_1):
+            yield (
+                "model.pretrained=false: these are values for pretrained networks, which hardly move or are frozen, and here they are random; "
+                "model=dinov2_vit_b model.pretrained=true, or begin with experiment=parts_cub10, which learns from scratch"
+            )
+        if self.stages == 2 and self.mask_gradient == "straight_through" and run.precision.autocast == "float16":
+            yield (
+                "precision.autocast=float16: the weight of a hidden token, 1e-10, is zero there, so task.mask_gradient=straight_through teaches at "
+                "seen places alone; precision=bf16 and fp32 can hold it"
+            )
 
     def build(self, run: RunConfig, data: DataInfo) -> PartDiscovery:
         from tasks.part_discovery.task import build
@@ -174,6 +192,8 @@ class PartDiscoveryConfig(LossConfig):
             yield Problem("task.remove_parts", self.remove_parts, reason, f"task.remove_parts=[{self.num_parts - 1}]")
         elif self.remove_parts and len(set(self.remove_parts)) == self.num_parts:
             yield Problem("task.remove_parts", self.remove_parts, "leaves no part to see", "task.remove_parts=[0]")
+        elif self.leave_one_out and len(set(self.remove_parts)) == self.num_parts - 1:
+            yield Problem("task.leave_one_out", True, "one part is left, and nothing would be without it", "task.remove_parts=[]")
         if self.part_thresholds is not None and len(self.part_thresholds) != self.num_parts:
             yield Problem("task.part_thresholds", self.part_thresholds, f"needs a number for each of {self.num_parts} parts")
         if self.part_thresholds is not None and self.threshold_quantile is not None:

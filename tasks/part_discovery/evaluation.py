@@ -6,8 +6,9 @@ figures. What is scored follows from what the samples hold.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tasks.part_discovery.network import Found
     from tasks.part_discovery.task import PartDiscovery
 
+PARTED = ("top1", "top1_stage1", "loss", "seen_fraction")  # columns that the table of what each part is worth has too
 MOST_CLASSES = 200  # up to which probabilities are kept for the area under the ROC curve
 
 
@@ -71,17 +73,23 @@ class PartScores:
         self.task = task
         self.rows = Rows()
         self.gathered: dict[str, np.ndarray] = {}  # of all ranks, by `compute`
+        self.keeps = True  # whether there will be a picture
         self.shown: list[tuple[Tensor, Tensor]] = []  # image, maps
         given = task.cfg.part_thresholds
         self.thresholds = None if given is None else torch.tensor(given)
 
     def update(self, batch: Batch) -> None:
         found, logits = self.task.model.classify(batch["image"], batch["key"], self._thresholds(batch["image"].device))
-        self.rows.add(**self._classes(batch, found, logits), **_places(batch, found.maps))
+        self.rows.add(**self._classes(batch, found, logits), **_places(batch, found.maps), **self._without_each(batch))
+        if self.keeps:
+            self.keep(batch, found.maps)
+
+    def keep(self, batch: Batch, maps: Tensor) -> None:
+        """Some of the images [N, C, S, S] and their maps [N, P, h, w], for the picture."""
         wanted = self.task.cfg.preview_images
         every = max(1, self.task.num_val // wanted)
         for i in (batch["index"] % every == 0).nonzero().flatten().tolist()[: wanted - len(self.shown)]:
-            self.shown.append((batch["image"][i].cpu(), found.maps[i].float().cpu()))
+            self.shown.append((batch["image"][i].cpu(), maps[i].float().cpu()))
 
     def _thresholds(self, device: torch.device) -> Tensor | None:
         return None if self.thresholds is None else self.thresholds.to(device)
@@ -105,6 +113,17 @@ class PartScores:
         if found.mask is not None:
             columns["seen_fraction"] = found.mask.hard.mean((1, 2))
         return columns
+
+    def _without_each(self, batch: Batch) -> dict[str, Tensor]:
+        """Columns [N, K] of what becomes of an image without each part in turn."""
+        if not self.task.cfg.leave_one_out:
+            return {}
+        columns: dict[str, list[Tensor]] = {}
+        for found, logits in self.task.model.without_each(batch["image"], batch["key"], self._thresholds(batch["image"].device)):
+            for name, column in self._classes(batch, found, logits).items():
+                if name in PARTED:
+                    columns.setdefault(f"{name}_without", []).append(column)
+        return {name: torch.stack(column, dim=1) for name, column in columns.items()}
 
     def compute(self) -> dict[str, float]:
         rows = self.gathered = self.rows.gather()
@@ -132,7 +151,28 @@ class PartScores:
         """What the last stage made of each image and class."""
         if not self.gathered:
             return Report()
-        return label_report({name: torch.from_numpy(self.gathered[name]) for name in ("index", *DETAILS)}, self.task.classes)
+        report = label_report({name: torch.from_numpy(self.gathered[name]) for name in ("index", *DETAILS)}, self.task.classes)
+        parts = self._parts_table()
+        return dataclasses.replace(report, tables={**({"leave_one_out": parts} if parts else {}), **report.tables})
+
+    def _parts_table(self) -> list[dict[str, Any]]:
+        """A row of scores with all parts, and one without each; those that are removed anyway have none."""
+        rows, parts = self.gathered, [part for part in range(self.task.cfg.num_parts) if part not in self.task.cfg.remove_parts]
+        if "top1_without" not in rows:
+            return []
+        table = []
+        for without, of in [
+            ("none", {name: rows[name] for name in PARTED if name in rows}),
+            *((part, self._without(part)) for part in parts),
+        ]:
+            scored = {name: float(values.mean()) for name, values in of.items()}
+            if "group" in rows:
+                scored["worst_group_top1"] = scores.worst_group(of["top1"], rows["group"])
+            table.append({"without": without, **scored})
+        return table
+
+    def _without(self, part: int) -> dict[str, np.ndarray]:
+        return {name: self.gathered[f"{name}_without"][:, part] for name in PARTED if f"{name}_without" in self.gathered}
 
     def pictures(self) -> dict[str, Tensor]:
         if not self.shown:

@@ -5,6 +5,7 @@ Noise and dropout come from the samples' keys; without keys there is neither, as
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,15 @@ class PartFinder(nn.Module):
         self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None, *, map_stream: int = m.MAP_NOISE
     ) -> Found:
         """`thresholds` [K] turn the logits into those of an evaluation with thresholds."""
+        removed = [] if self.training else self.cfg.remove_parts
+        return self.read(*self.maps(images, keys, map_stream), keys, thresholds, removed, map_stream)
+
+    def read(
+        self, features: Tensor, logits: Tensor, maps: Tensor, keys: Tensor | None, thresholds: Tensor | None, removed: list[int], map_stream: int
+    ) -> Found:  # fmt: skip
+        """What there is to say of `maps()`, in evaluation perhaps without some parts."""
         cfg = self.cfg
-        features, logits, maps = self.maps(images, keys, map_stream)
         similarity = None if self.training else m.similarity_logits(features, self.prototypes)
-        removed = [] if self.training else cfg.remove_parts
         if similarity is not None and thresholds is not None:
             logits = m.above_thresholds(similarity, thresholds)
         if removed:
@@ -169,7 +175,16 @@ class TwoStage(nn.Module):
         self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None, *, map_stream: int = m.MAP_NOISE
     ) -> tuple[Found, Tensor]:
         """What stage one found, and the logits [N, C] of the last stage."""
-        found = self.stage_1(images, keys, thresholds, map_stream=map_stream)
+        return self._judged(images, self.stage_1(images, keys, thresholds, map_stream=map_stream))
+
+    def without_each(self, images: Tensor, keys: Tensor | None = None, thresholds: Tensor | None = None) -> Iterator[tuple[Found, Tensor]]:
+        """As `classify` in evaluation, without each part in turn and those that are removed anyway. The first stage's network runs once."""
+        cfg, seen = self.stage_1.cfg, self.stage_1.maps(images, keys, m.MAP_NOISE)
+        for part in range(cfg.num_parts):
+            found = self.stage_1.read(*seen, keys, thresholds, sorted({*cfg.remove_parts, part}), m.MAP_NOISE)
+            yield self._judged(images, found)
+
+    def _judged(self, images: Tensor, found: Found) -> tuple[Found, Tensor]:
         if self.stage_2 is None:
             return found, found.logits
         assert found.mask is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.part_discovery import groups, maps
+from tasks.part_discovery import groups, losses, maps
 from tasks.part_discovery.attention import divisible
 from tasks.part_discovery.backbones import feature_map
 from tasks.part_discovery.maps import Mask
@@ -239,6 +239,20 @@ def test_equivariance_runs_stage_1_alone_on_the_turned_images():
     assert seen == {"stage_1": 3, "stage_2": 2}, "0 is not computed"
 
 
+@pytest.mark.parametrize(("dtype", "teaches"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_hidden_tokens_teach_the_mask_where_their_weight_is_no_zero(dtype, teaches):
+    """1e-10 is less than the least number of float16: what a warning before the run says of precision=fp16."""
+    stage_2 = make().train().model.stage_2
+    assert stage_2 is not None
+    mask = (torch.rand(4, 5, 5, generator=torch.Generator().manual_seed(2)) > 0.5).float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        stage_2.features(batch()["image"], Mask(mask, mask)).float().square().sum().backward()
+    assert mask.grad is not None
+    seen = mask.detach() > 0.5
+    assert mask.grad[seen].abs().max() > 0
+    assert (mask.grad[~seen].abs().max() > 0) == teaches
+
+
 @pytest.mark.parametrize("kind", ["layer_norm", "original", "none", "parallel_mlp"])
 def test_modulations(kind):
     x = torch.randn(3, 5, 8)
@@ -363,7 +377,7 @@ def test_one_stage_takes_networks_that_are_no_transformers():
         assert feature_map(task.model.stage_1.backbone, data["image"]).shape[2:] == (4, 4)
         task(data, PROGRESS).loss.backward()
         assert all(p.grad is not None for p in task.parameters())
-    for model, name in (("timm", "test_resnet"), ("torchvision", "resnet18"), ("torchvision", "convnext_tiny")):
+    for model, name in (("timm", "test_resnet"), ("timm", "test_convnext"), ("torchvision", "resnet18"), ("torchvision", "convnext_tiny")):
         finer = make(
             "task.stages=1", "+model.args.output_stride=16", "dataset.image_size=64", base=[*SMALL, f"model={model}", f"model.name={name}"]
         ).train()
@@ -381,6 +395,29 @@ def test_one_stage_has_the_first_stages_logits():
     assert "stage_2" not in output.metrics
     output.loss.backward()
     assert all(p.grad is not None for p in task.parameters())
+
+
+TERMS = {  # of the loss, and the function that would compute each
+    "stage_1": "cross_entropy", "stage_2": "cross_entropy", "orthogonality": "orthogonality", "equivariance": "equivariance", "presence": "presence",
+    "enforced_presence": "enforced_presence", "total_variation": "total_variation", "entropy": "entropy", "concentration": "concentration",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_of_weight_0_is_not_computed(term, monkeypatch):
+    task, data, computed = make("task.concentration_weight=1").train(), batch(), []
+    assert set(TERMS) == set(task.cfg.weights())
+    place = torch.nn.functional if TERMS[term] == "cross_entropy" else losses
+    function = getattr(place, TERMS[term])
+    monkeypatch.setattr(place, TERMS[term], lambda *a, **k: (computed.append(term), function(*a, **k))[1])
+    counts = []
+    for weight in (1.0, 0.0):
+        task.cfg = dataclasses.replace(task.cfg, **{f"{term}_weight": weight})
+        output = task(data, PROGRESS)
+        assert (term in output.metrics) == (weight > 0)
+        counts.append(len(computed))
+        computed.clear()
+    assert counts == ([2, 1] if TERMS[term] == "cross_entropy" else [1, 0])
 
 
 def test_the_total_is_the_weighted_sum_of_its_terms():

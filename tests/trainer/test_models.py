@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -220,6 +221,76 @@ def test_without_a_network_the_message_says_where_weights_may_be_put(cfg: ModelC
     assert found.key == "model.pretrained"
     assert where in found.fix
     assert "init_from=" in found.fix
+
+
+def published(folder: Path, **facts: Any) -> dict[str, Tensor]:
+    """A folder as timm publishes networks: weights of images of 160 pixels, and config.json. Returns the weights."""
+    folder.mkdir(parents=True)
+    source: Any = timm.create_model("test_vit")
+    save_file(source.state_dict(), folder / "model.safetensors")
+    known: dict[str, Any] = {
+        "input_size": [3, 160, 160],
+        "num_classes": 1000,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        **facts,
+    }
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 1000, "pretrained_cfg": known}))
+    return source.state_dict()
+
+
+def in_the_hubs_cache(cache: Path, repository: str) -> Path:
+    """Where the hub's client keeps the files of a repository; they are yet to be put there."""
+    folder, revision = cache / f"models--{repository.replace('/', '--')}", "a" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    return folder / "snapshots" / revision
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The hub's cache, of which nothing is fetched that it lacks."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("facts", [{"fixed_input_size": True}, {}], ids=["says so", "silent"])
+@pytest.mark.parametrize("kind", ["hf_hub", "hf-hub", "local-dir"])
+def test_networks_of_the_hub_and_of_folders_take_any_size(kind: str, facts: dict[str, bool], offline: Path, tmp_path: Path) -> None:
+    """Position embeddings are made for the images' size, not for the one that config.json names; weights are resampled."""
+    folder = tmp_path / "patch99" if kind == "local-dir" else in_the_hubs_cache(offline, "timm/test_vit.mine")
+    weights = published(folder, **facts)
+    name = f"local-dir:{folder}" if kind == "local-dir" else f"{kind}:timm/test_vit.mine"
+    for pretrained_ in (False, True):
+        model: Any = build(TimmModel(name=name, pretrained=pretrained_), size=48)
+        assert output(model, size=48).shape == (2, 5)
+        assert model.patch_embed.num_patches == 9
+        assert torch.equal(model.blocks[0].mlp.fc1.weight, weights["blocks.0.mlp.fc1.weight"]) == pretrained_
+    assert TimmModel(name=name).input_multiple is None, "a path's own words say nothing of patches"
+
+
+def test_the_patch_of_a_network_of_the_hub_or_of_a_folder_is_known(tmp_path: Path) -> None:
+    assert TimmModel(name="hf_hub:timm/vit_base_patch14_reg4_dinov2.lvd142m").input_multiple == 14
+    (tmp_path / "patch99").mkdir()
+    (tmp_path / "patch99" / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    assert TimmModel(name=f"local-dir:{tmp_path / 'patch99'}").input_multiple == 16
+
+
+def test_a_network_of_the_hub_that_is_not_cached_is_refused_with_the_place_to_put_it(offline: Path, tmp_path: Path) -> None:
+    found = refused(TimmModel(name="hf_hub:timm/test_vit.mine"))
+    assert found.key == "model.name"
+    assert "not cached here" in found.reason
+    assert f"{offline}/models--timm--test_vit.mine" in found.fix
+    folder = in_the_hubs_cache(offline, "timm/test_vit.mine")
+    published(folder)
+    (folder / "model.safetensors").unlink()
+    assert build(TimmModel(name="hf_hub:timm/test_vit.mine")), "config.json is all that random weights ask for"
+    assert refused(TimmModel(name="hf_hub:timm/test_vit.mine", pretrained=True)).key == "model.pretrained"
+    (folder / "config.json").write_text("{}")
+    assert "describes no network" in refused(TimmModel(name="hf_hub:timm/test_vit.mine")).reason
+    assert "Unknown model source" in refused(TimmModel(name="elsewhere:timm/test_vit")).reason
 
 
 def test_weights_put_where_the_message_says_are_found(tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 import tasks  # noqa: F401
 from trainer import validation
 from trainer.config import RunConfig
+from trainer.config.dataset import is_test
+from trainer.config.loop import StageConfig
 from trainer.data.order import Order
 from trainer.errors import ConfigError, Problem
-from trainer.launch.compose import compose_run
+from trainer.launch.compose import checked, compose, compose_run
 from trainer.surroundings import emulates_bf16, surroundings
 from trainer.validation import problems_of, steps_per_epoch, validate, warnings_of
 
@@ -223,6 +225,59 @@ def test_a_warning_is_no_error(sound, ranks, monkeypatch, changes, says):
     assert says in warning
     of_host = changes.keys() & {"precision__autocast", "dataset__num_workers"}
     assert list(warnings_of(run, here=False)) == ([] if of_host else [warning])  # a login node is no compute node
+
+
+WHOLE_BATCH = {
+    "presence": (["task=part_discovery"], "task.presence_weight=1 "),
+    "balanced": (["task=dino"], "task.centering=sinkhorn "),
+    "koleo": (["task=dino", "task.centering=mean", "task.koleo_weight=0.1"], "task.koleo_weight=0.1 "),
+    "nothing": (["task=part_discovery", "task.presence_weight=0"], None),
+    "a running centre": (["task=dino", "task.centering=mean"], None),
+    "each image": (["task=classification"], None),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_BATCH)
+def test_cutting_up_a_batch_that_the_loss_looks_at_as_a_whole_is_warned_of(name):
+    """The way out, loop.accumulate=1, is what the same run without it has: it warns of nothing."""
+    overrides, term = WHOLE_BATCH[name]
+    run = compose_run(*overrides)
+    assert list(warnings_of(run, here=False)) == []
+    cuts = [
+        {"loop__accumulate": 2},
+        {"loop__batch_finder": True},
+        {"loop__stages": [StageConfig(epochs=1), StageConfig(epochs=1, accumulate=2)]},
+    ]
+    for cut in cuts:
+        found = list(warnings_of(changed(run, **cut), here=False))
+        assert len(found) == (term is not None)
+        assert all(term in text and "micro-batch" in text and "loop.accumulate=1" in text for text in found)
+
+
+TEST_IMAGES = {
+    "cub": (["dataset=cub"], "test", "dataset.val_fraction=0.1"),
+    "meta_shift": (["dataset=meta_shift"], "test", "dataset.val_fraction=0.1"),
+    "siim_acr": (["dataset=siim_acr"], "full_test_set", "dataset.val_fraction=0.1"),
+    "waterbirds": (["dataset=waterbirds", "dataset.validate_on=test"], "test", "dataset.validate_on=val"),
+    "image_folder": (["dataset=image_folder", "dataset.val_path=/data/test2017"], "test2017", "dataset.val_fraction=0.1"),
+}
+
+
+@pytest.mark.parametrize("name", TEST_IMAGES)
+def test_choosing_the_best_on_test_images_is_warned_of(name):
+    overrides, split, out = TEST_IMAGES[name]
+    for path, warned in (([], True), ([out, "dataset.val_path=null"], False)):
+        run, _ = checked(compose([*overrides, *path, "dataset.path=/data/somewhere"]))
+        assert run is not None
+        found = list(warnings_of(run, here=False))
+        assert (split in run.dataset.validates_on()) == warned
+        assert len(found) == warned
+        assert all(f"({split})" in text and out in text for text in found)
+
+
+def test_names_of_test_sets():
+    assert all(map(is_test, ("test", "full_test_set", "Test", "test2017", "my-test")))
+    assert not any(map(is_test, ("val", "latest", "contest", "train")))
 
 
 def test_half_precision_on_a_gpu_is_fine(sound, ranks):

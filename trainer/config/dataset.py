@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from trainer.errors import Problem
 
 if TYPE_CHECKING:
     from trainer.data.source import Source
+
+
+def is_test(split: str) -> bool:
+    """Whether a split of this name holds test images: test, full_test_set, test2017 …"""
+    return re.search(r"(?<![a-z])test", split.lower()) is not None
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class DatasetConfig:
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label"})
     on_disk: ClassVar[bool] = True
     splits = ("train", "val")  # those that have to be there; of whoever needs only one of them, `alone`
+    spares_test: ClassVar[str] = "dataset.val_fraction=0.1 holds training images out instead"  # where `validates_on` says test
     tiny: ClassVar[bool] = False  # a few pixels, and left and right differ, as in digits: no mirror images, no small pieces
 
     path: str | None = setting(None, "where the data lie; required for every dataset on disk")
@@ -96,6 +103,11 @@ class DatasetConfig:
         counts = {f"num_{split}": len(of_split) for split, of_split in found.items()}
         one = found[self.splits[0]]
         return Facts(num_classes=len(one.classes), channels=one.channels, **counts)
+
+    def validates_on(self) -> str:
+        """Which images validate, for result.json and its readers: the split's or folder's name; "train" where they are held out of
+        the training images. Where `is_test(...)` of it, a run warns that its best checkpoint is chosen on test images."""
+        return "val"
 
     def problems(self) -> Iterator[Problem]:
         if self.on_disk and not self.path:

@@ -47,7 +47,12 @@ class LoopConfig:
     steps: int | None = setting(None, "length of the run in optimizer steps, instead of loop.epochs", ge=1)
     default_epochs: int = setting(10, "epochs when neither loop.epochs nor loop.steps is set", ge=1)
     batch_size: int = setting(64, "images per optimizer step, over all ranks and micro-batches", ge=1)
-    accumulate: int = setting(1, "micro-batches per optimizer step and rank; cuts the batch up, changes nothing else", ge=1, identity=False)
+    accumulate: int = setting(
+        1,
+        "micro-batches per optimizer step and rank; cuts the batch up and changes nothing but what looks at a whole batch (a warning names it)",
+        ge=1,
+        identity=False,
+    )
     drop_last: bool = setting(True, "drop an epoch's last short batch; false keeps and weights it")
     samples_per_epoch: int | None = setting(None, "images in a virtual epoch; null = the whole training set once", ge=1)
 

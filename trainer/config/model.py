@@ -104,8 +104,19 @@ class TimmModel(ModelConfig):
             return json.loads(facts.read_text()).get("patch_size") if facts.is_file() else 14  # that of all of DINOv2's
         if self.conv_stem:
             return 2 ** len(self.conv_stem)
-        found = re.search(r"patch(\d+)", self.name)  # vit_base_patch16_224, swin_tiny_patch4_window7_224
+        found = re.search(r"patch(\d+)", self._architecture())  # vit_base_patch16_224, swin_tiny_patch4_window7_224
         return int(found[1]) if found else None
+
+    def _architecture(self) -> str:
+        """timm's name of the network, as far as it is known without timm: of a folder, what its config.json says."""
+        source, _, where = self.name.partition(":")
+        if source.lower() != "local-dir":
+            return self.name.rpartition("/")[2]
+        facts = Path(where).expanduser() / "config.json"
+        try:
+            return str(json.loads(facts.read_text(encoding="utf-8")).get("architecture", ""))
+        except (OSError, ValueError, AttributeError):  # what is wrong is told when it is built
+            return ""
 
     def problems(self, at: str, image_size: int) -> Iterator[Problem]:
         yield from super().problems(at, image_size)

@@ -50,6 +50,15 @@ class TaskConfig:
         They lie in directories of their own, and whoever needs the same finds them there."""
         return ()
 
+    def whole_batch(self) -> str:
+        """What of the loss looks at all images of a batch at once, as settings; "" = nothing. It may look at every rank's, but not
+        past a micro-batch, so that `loop.accumulate` changes it: a warning says so before the run."""
+        return ""
+
+    def warnings(self, run: RunConfig) -> Iterator[str]:
+        """What works between this task and the rest of the run, but perhaps not as hoped, one line each, with the way out."""
+        yield from ()
+
     def for_inference(self) -> Self:
         """The same task for a network that is trained already: without what only training needs from elsewhere."""
         return self

@@ -73,7 +73,9 @@ def remedy(
         accumulate = smaller_pieces(run, run.distributed.processes or ranks)
         if accumulate is None:
             return Remedy(cause, held=f"{cause.value} with one image at a time already: {reason}")
-        return Remedy(cause, told=f"loop.accumulate={accumulate}: half the micro-batch, the same batch", accumulate=accumulate)
+        whole = run.task.whole_batch()
+        but = f", though {whole} looks at each micro-batch by itself" if whole else ""
+        return Remedy(cause, told=f"loop.accumulate={accumulate}: half the micro-batch, the same batch{but}", accumulate=accumulate)
     if cause is Cause.node:
         found = re.search(r"rank \d+ on ([\w.-]+) is gone", reason or "")
         host = directory.read_status().get("host") if nodes == 1 else None  # of several, the first rank's may be the healthy one

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from trainer.config.dataset import is_test
 from trainer.config.names import nearest
 from trainer.errors import ConfigError, Problem
 from trainer.sweep.arms import Arm, Metric, arms_of, metrics_of
@@ -103,6 +104,7 @@ def judge(
     others = [metric for metric in known if metric not in metrics]
     verdict = Verdict(found.title, at, interval, metrics, others, rows, common, pairs, found.notes())
     verdict.notes += _disagreements(arms, metrics[0])
+    verdict.notes += _chosen_on_test(arms) if at == "best" else []
     return verdict
 
 
@@ -212,6 +214,19 @@ def _rank(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[int]:
 def _pairs(rows: Sequence[Row], metric: Metric) -> dict[tuple[int, int], Comparison]:
     scores: list[Mapping[int, float]] = [row.arm.scores.get(metric.name, {}) for row in rows]
     return {(i, j): compare(scores[i], scores[j]) for i in range(len(rows)) for j in range(i + 1, len(rows))}
+
+
+def _chosen_on_test(arms: Sequence[Arm]) -> list[str]:
+    """Arms whose best validation was picked among scores on test images."""
+    notes = []
+    for arm in arms:
+        splits = dict.fromkeys(str(run.result.get("validated_on")) for run in arm.runs if run.result is not None)
+        chosen = [split for split in splits if is_test(split)]
+        if chosen:
+            notes.append(
+                f"{arm.label}: its best validations were chosen on test images ({', '.join(chosen)}); report --at last chooses nothing"
+            )
+    return notes
 
 
 def _disagreements(arms: Sequence[Arm], main: Metric) -> list[str]:

@@ -155,6 +155,21 @@ def test_an_image_that_is_listed_and_not_there(own_cub: Path) -> None:
     assert "which is not there" in problem.reason
 
 
+def test_every_listed_image_has_to_be_there(own_cub: Path, cub: Path) -> None:
+    """Not the first of a split alone: how many are missing, and which."""
+    (own_cub / "images").unlink()
+    shutil.copytree(cub / "images", own_cub / "images")
+    config = CubConfig(path=str(own_cub), image_size=224)
+    assert not list(config.problems())
+    lost = [Path(config.build(split).name(i)) for split, i in (("train", 7), ("train", 100), ("val", 3), ("val", 50))]
+    for path in lost:
+        path.unlink()
+    (problem,) = config.problems()
+    assert problem.key == "dataset.path"
+    assert "images.txt lists 4 of 294 images" in problem.reason and "which are not there" in problem.reason
+    assert sum(str(path.relative_to(own_cub)) in problem.reason for path in lost) == 3
+
+
 def test_a_mask_of_another_size_is_a_bad_sample(own_cub: Path, cub: Path) -> None:
     (own_cub / "segmentations").unlink()
     shutil.copytree(cub / "segmentations", own_cub / "segmentations")
@@ -246,8 +261,10 @@ def waterbirds(own_cub: Path) -> Path:
     """The real photographs listed as Waterbirds: which bird stands where is made up."""
     folder = own_cub / "waterbird_complete95_forest2water2"
     folder.mkdir()
-    (folder / "001.Black_footed_Albatross").symlink_to(own_cub / "images" / "001.Black_footed_Albatross")
+    (folder / "001.Black_footed_Albatross").mkdir()
     paths = sorted(p.name for p in (own_cub / "images" / "001.Black_footed_Albatross").iterdir())[:12]
+    for path in paths:
+        (folder / "001.Black_footed_Albatross" / path).symlink_to(own_cub / "images" / "001.Black_footed_Albatross" / path)
     with open(folder / "metadata.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["img_id", "img_filename", "y", "split", "place", "place_filename"])
@@ -291,6 +308,24 @@ def test_waterbirds_without_outlines_and_with_bad_lists(waterbirds: Path) -> Non
     (folder / "metadata.csv").unlink()
     (problem,) = config.problems()
     assert "metadata.csv" in problem.reason
+
+
+def test_waterbirds_whose_rows_are_missing_are_refused(waterbirds: Path) -> None:
+    folder = waterbirds / "waterbird_complete95_forest2water2"
+    config = WaterbirdsConfig(path=str(waterbirds), image_size=224)
+    assert not list(config.problems())
+    lines = (folder / "metadata.csv").read_text().splitlines(keepends=True)
+    (folder / "metadata.csv").write_text("".join(lines[:-2]))
+    (problem,) = config.problems()
+    assert "no row for 2 of 12 images" in problem.reason and lines[-1].split(",")[1] in problem.reason
+    (folder / "metadata.csv").write_text("".join(lines))
+    (folder / "002.Laysan_Albatross").mkdir()  # nor may a whole class be
+    (folder / "002.Laysan_Albatross" / "a.jpg").symlink_to(next((folder / "001.Black_footed_Albatross").iterdir()))
+    (problem,) = config.problems()
+    assert "no row for 1 of 13 images (002.Laysan_Albatross/a.jpg)" in problem.reason
+    (folder / "metadata.csv").write_text("".join(lines).replace(lines[1].split(",")[1], "003.Sooty_Albatross/b.jpg"))
+    (problem,) = config.problems()
+    assert "lists 1 of 12 images (003.Sooty_Albatross/b.jpg), which is not there" in problem.reason
 
 
 def dicom(
@@ -413,6 +448,29 @@ def test_xrays_with_masks(xrays: Path) -> None:
     assert config.facts().num_val == 2
     config.mask_folder = None
     assert set(config.build("val")[0]) == {"image", "label"}
+
+
+def test_an_xrays_mask_of_another_shape_is_a_bad_sample(xrays: Path) -> None:
+    """One that is larger fits; one that was cut does not, whatever it is stretched to."""
+    source = SiimAcrConfig(path=str(xrays), image_size=64).build("train")
+    mask = next((xrays / "all_masks").glob("train_set.1.0*"))
+    for size, fits in (((1024, 1024), True), ((129, 128), True), ((128, 96), False)):
+        Image.new("L", size, 255).save(mask)
+        if fits:
+            assert source[3]["mask"].shape == (64, 64)
+        else:
+            with pytest.raises(BadSample, match=r"128 x 96 pixels, its X-ray 64 x 64: another shape"):
+                source[3]
+
+
+def test_part_of_the_xrays_may_validate_instead_of_the_test_set(xrays: Path) -> None:
+    config = SiimAcrConfig(path=str(xrays), image_size=64, val_fraction=0.3)
+    assert not list(config.problems())
+    train, val = config.build("train"), config.build("val")
+    assert (len(train), len(val)) == (4, 2)
+    assert not set(names(train)) & set(names(val))
+    assert {Path(name).parent.parent.name for name in (*names(train), *names(val))} == {"train_set"}
+    assert val[0]["mask"].shape == (64, 64)
 
 
 def test_xrays_spoilt(xrays: Path) -> None:

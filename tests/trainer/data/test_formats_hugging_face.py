@@ -12,6 +12,8 @@ import pytest
 
 from trainer.config.dataset import Facts
 from trainer.data.config import HuggingFaceConfig, ImageFolderConfig
+from trainer.data.formats import hugging_face
+from trainer.data.formats.hugging_face import load_splits
 from trainer.data.source import BadSample, encoded
 
 
@@ -93,6 +95,18 @@ def test_a_fraction_may_validate(saved: tuple[Path, Path]) -> None:
     train, val = config.build("train"), config.build("val")
     assert len(train) == 24 and len(val) == 6
     assert not {train.name(i) for i in range(24)} & {val.name(i) for i in range(6)}
+
+
+def test_the_split_that_validates_is_named(saved: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset without a validation split validates on its test split, of which a run warns."""
+    config = HuggingFaceConfig(path=str(saved[1]), image_size=8)
+    assert config.validates_on() == "validation"
+    splits = load_splits(str(saved[1]), None)
+    monkeypatch.setattr(hugging_face, "_loaded", lambda *_: {"train": splits["train"], "test": splits["validation"]})
+    assert config.validates_on() == "test"
+    assert HuggingFaceConfig(path=str(saved[1]), image_size=8, val_fraction=0.2).validates_on() == "train"
+    assert HuggingFaceConfig(path=str(saved[1]), image_size=8, val_split="train").validates_on() == "train"
+    assert HuggingFaceConfig(path=str(saved[1]), image_size=8, val_split="test2").validates_on() == "test2"
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,16 @@ def test_nothing_completed_yet(tmp_path: Path) -> None:
         judge(find([home]))
 
 
+def test_a_best_that_was_chosen_on_test_images_is_named(home: Path, tmp_path: Path) -> None:
+    edit(run_of(home, 0) / "result.json", validated_on="full_test_set")
+    edit(run_of(home, 1) / "result.json", validated_on="val")
+    named = [text for text in report(home, out=tmp_path)["remarks"] if "chosen on test images" in text]
+    assert len(named) == 1
+    assert named[0].startswith("lr=0.0003: ")
+    assert "(full_test_set)" in named[0]
+    assert not [text for text in report(home, out=tmp_path, at="last")["remarks"] if "chosen on test images" in text]
+
+
 @pytest.mark.parametrize("keep", [0, 1, 200, -3])
 def test_a_half_written_manifest(home: Path, keep: int) -> None:
     text = (home / "manifest.json").read_text()

@@ -12,8 +12,10 @@ import pytest
 
 from tests.trainer.sweep import light
 from tests.trainer.sweep.test_pool import how, run, times
+from trainer.distributed import World
 from trainer.errors import ConfigError
 from trainer.launch.compose import compose_run
+from trainer.run import _too_large
 from trainer.rundir import RunDirectory
 from trainer.sweep import drive, verbs
 from trainer.sweep.causes import Cause, cause_of, remedy, smaller_pieces
@@ -154,6 +156,17 @@ def test_smaller_pieces():
     assert pieces(60, 4) == 10  # 8 does not divide it
     assert pieces(64, 64) is None
     assert pieces(48, 1, ranks=3) == 2
+
+
+def test_half_the_micro_batch_is_not_the_same_run_where_the_loss_looks_at_the_whole_batch(tmp_path):
+    """Told when a job is started again, as it is at the start and where memory does not suffice."""
+    run = compose_run("task=part_discovery")
+    RunDirectory(tmp_path).write_config(run)
+    what = remedy("torch.OutOfMemoryError: CUDA out of memory", RunDirectory(tmp_path))
+    assert what.accumulate == 2
+    assert what.told.endswith("the same batch, though task.presence_weight=1 looks at each micro-batch by itself")
+    assert "loop.accumulate=2, though task.presence_weight=1 looks at each micro-batch by itself then" in str(_too_large(run, World()))
+    assert "loop.accumulate=2, which changes nothing else" in str(_too_large(compose_run(), World()))
 
 
 def test_more_time_or_on_from_the_checkpoint(tmp_path):

@@ -60,16 +60,8 @@ def scan_cub(root: Path) -> Table:
     """
 
     def scan(watch: Watch):
-        for name in (
-            "",
-            "images.txt",
-            "image_class_labels.txt",
-            "train_test_split.txt",
-            "classes.txt",
-            "bounding_boxes.txt",
-            "parts/parts.txt",
-            "parts/part_locs.txt",
-        ):
+        lists = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt", "bounding_boxes.txt")
+        for name in ("", *lists, "parts/parts.txt", "parts/part_locs.txt"):
             watch.add(root / name)
         images = _rows(root / "images.txt", 2)
         ids = {row[0]: i for i, row in enumerate(images)}
@@ -96,6 +88,7 @@ def scan_cub(root: Path) -> Table:
         masks = _masks(root, paths, watch)
         if masks is not None:
             columns["mask"] = masks
+        _check_files(root, paths, watch, "images.txt")
         return columns, meta
 
     return cached(root, "cub", {}, scan)
@@ -131,6 +124,39 @@ def _masks(root: Path, paths: Sequence[str], watch: Watch) -> Strings | None:
     if missing:
         raise LayoutError(f"{len(missing)} of {len(masks)} images have no outline in segmentations/, the first: {missing[0]}")
     return Strings.pack(masks)
+
+
+def _check_files(root: Path, paths: Sequence[str], watch: Watch, file: str, *, complete: bool = False) -> None:
+    """Raises LayoutError unless every listed image is there; with `complete`, unless every image there is listed too."""
+    named = dict.fromkeys(os.path.dirname(path) for path in paths)
+    beside = [folder for parent in dict.fromkeys(map(os.path.dirname, named)) for folder in _folders(root, parent)] if complete else []
+    there: dict[str, set[str]] = {}
+    for folder in dict.fromkeys([*named, *beside]):
+        watch.add(root / folder)
+        there[folder] = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
+    missing = [path for path in paths if os.path.basename(path) not in there[os.path.dirname(path)]]
+    if missing:
+        which = "which is" if len(missing) == 1 else "which are"
+        raise LayoutError(f"{file} lists {_some(missing, len(paths))}, {which} not there")
+    if complete:
+        listed = set(paths)
+        images = [f"{folder}/{name}".lstrip("/") for folder, names in there.items() for name in sorted(names) if _is_image(name)]
+        unlisted = [path for path in images if path not in listed]
+        if unlisted:
+            raise LayoutError(f"{file} has no row for {_some(unlisted, len(images))}: give them rows, or take them out of the folder")
+
+
+def _folders(root: Path, parent: str) -> list[str]:
+    return sorted(os.path.join(parent, e.name) for e in os.scandir(root / parent) if e.is_dir() and not e.name.startswith("."))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
+
+
+def _some(paths: Sequence[str], total: int) -> str:
+    """How many of how many images, and the first three."""
+    return f"{len(paths)} of {total} images ({', '.join(paths[:3])}{' …' if len(paths) > 3 else ''})"
 
 
 def _rows(path: Path, columns: int, *, more: bool = False) -> list[list[str]]:
@@ -183,6 +209,7 @@ def scan_waterbirds(root: Path, outlines: Path | None) -> Table:
             raise LayoutError(f"{root / 'metadata.csv'} has no {'rows' if not rows else 'column ' + ', '.join(missing)}")
         y, part, place = (_numbers(rows, column, limit, root) for column, limit in (("y", 2), ("split", 3), ("place", 2)))
         paths = [row["img_filename"] for row in rows]
+        _check_files(root, paths, watch, "metadata.csv", complete=True)
         columns: dict[str, Column] = {
             "path": Strings.pack(paths), "label": y.astype(np.int32), "part": part.astype(np.int8), "group": (y * 2 + place).astype(np.int32),
         }  # fmt: skip

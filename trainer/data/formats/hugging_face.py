@@ -69,6 +69,7 @@ class ArrowSource:
             self.classes = tuple(feature.names)
         self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
         self.fingerprint = hashlib.sha256(f"{dataset._fingerprint} {len(dataset)} {image_column} {label_column}".encode()).hexdigest()[:32]
+        self.split = ""  # its name, where it is one of several
         self.lazy = False
         self.least: int | None = None
 
@@ -125,6 +126,7 @@ def arrow_source(
     if name is None:
         raise LayoutError(f"has no split {' or '.join(names)}; it has {', '.join(splits)}")
     source = ArrowSource(f"{path}:{name}", splits[name], image_column, label_column)
+    source.split = name
     if part is None:
         return source
     labels = source.labels()

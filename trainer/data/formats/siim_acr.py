@@ -14,7 +14,7 @@ from trainer.data.files import FileSource
 from trainer.data.formats.dicom import read_dicom
 from trainer.data.formats.image_folder import scan_folder
 from trainer.data.images import decode, open_image, read_file
-from trainer.data.source import BadSample, LayoutError, Sample
+from trainer.data.source import BadSample, LayoutError, Sample, Source, Subset, split_rows
 from trainer.data.table import Table
 
 CLASSES = ("no pneumothorax", "pneumothorax")  # of the folders 0 and 1
@@ -51,7 +51,10 @@ class XraySource(FileSource):
                 raise BadSample(name, f"shows a pneumothorax, but its mask {path} is missing")
             return {"label": label, "mask": np.zeros((size[1], size[0]), dtype=np.uint8)}
         mask = decode(open_image(read_file(path), path), path).convert("L")
-        if mask.size != size:  # masks are 1024 x 1024 whatever was done to the X-rays
+        if mask.size != size:  # masks are 1024 x 1024, however small the X-rays were made
+            (w, h), (mask_w, mask_h) = size, mask.size
+            if abs(mask_w * h - mask_h * w) > max(mask.size):  # by more than a pixel of the X-ray, which rounding may take
+                raise BadSample(path, f"is {mask_w} x {mask_h} pixels, its X-ray {w} x {h}: another shape, so one of them was cut")
             mask = mask.resize(size, Image.Resampling.NEAREST)
         return {"label": label, "mask": (np.asarray(mask) > 0).astype(np.uint8)}
 
@@ -64,5 +67,10 @@ class XraySource(FileSource):
         return data, extension
 
 
-def xray_source(root: Path, masks: Path | None, extensions: Sequence[str]) -> XraySource:
-    return XraySource(root, scan_folder(root, extensions), masks)
+def xray_source(root: Path, masks: Path | None, extensions: Sequence[str], part: tuple[str, float, int] | None = None) -> Source:
+    """The X-rays below `root`; with `part` (split, fraction, seed), one side of them, divided class by class by the hash of each path."""
+    source = XraySource(root, scan_folder(root, extensions), masks)
+    if part is None:
+        return source
+    train, val = split_rows(np.asarray(source.table["label"]), part[1], part[2], source.table["path"].all())
+    return Subset(source, val if part[0] == "val" else train)

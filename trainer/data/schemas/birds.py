@@ -44,8 +44,6 @@ class ListedConfig(DatasetConfig):
                 source = self.build(split)
                 if not len(source):
                     yield Problem("dataset.path", self.path, f"its lists put no image into the {split} split")
-                elif not Path(source.name(0)).is_file():
-                    yield Problem("dataset.path", self.path, f"its lists name {source.name(0)}, which is not there")
         except LayoutError as error:
             yield Problem("dataset.path", self.path, str(error), "dataset.path=<the folder that holds these files>")
         except OSError as error:
@@ -63,6 +61,9 @@ class CubConfig(ListedConfig):
         None, "validate on this fraction of the training images, class by class, instead of the test images", gt=0, lt=1
     )
     split_seed: int = setting(0, "which images dataset.val_fraction takes follows from it", ge=0)
+
+    def validates_on(self) -> str:
+        return "test" if self.val_fraction is None else "train"
 
     def table(self) -> Table:
         from trainer.data.formats.birds import scan_cub
@@ -83,11 +84,15 @@ class WaterbirdsConfig(ListedConfig):
     """Waterbirds: metadata.csv and its images, in dataset.path or in the usual folder below it. The group is bird and place."""
 
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label", "group", "mask"})
+    spares_test: ClassVar[str] = "dataset.validate_on=val has images of its own for that"
 
     folder: str = setting(
         "waterbird_complete95_forest2water2", "folder with metadata.csv inside dataset.path; where it is missing, dataset.path itself"
     )
     validate_on: str = setting("val", "which part validates: val, or test, as in the papers", choices=["val", "test"])
+
+    def validates_on(self) -> str:
+        return self.validate_on
 
     def birds(self) -> Path:
         below = self.root() / self.folder
@@ -117,17 +122,25 @@ class SiimAcrConfig(ListedConfig):
     val_folder: str = setting(
         "full_test_set", "folder of the validation X-rays in dataset.path; robust_test_set and non_robust_test_set are beside it"
     )
+    val_fraction: float | None = setting(
+        None, "validate on this fraction of the training X-rays, class by class, instead of dataset.val_folder", gt=0, lt=1
+    )
+    split_seed: int = setting(0, "which X-rays dataset.val_fraction takes follows from it", ge=0)
     mask_folder: str | None = setting(
         "all_masks", "folder of the masks in dataset.path, named as the X-rays; null = none. Without it samples have no mask"
     )
     extensions: list[str] = setting([".dcm", ".dicom", ".png", ".jpg", ".jpeg"], "file name endings of X-rays, in any case")
 
+    def validates_on(self) -> str:
+        return self.val_folder if self.val_fraction is None else "train"
+
     def build(self, split: str) -> Source:
         from trainer.data.formats.siim_acr import xray_source
 
         masks = self.root() / self.mask_folder if self.mask_folder else None
-        folder = self.root() / (self.train_folder if split == "train" else self.val_folder)
-        return xray_source(folder, masks if masks and masks.is_dir() else None, self.extensions)
+        part = None if self.val_fraction is None else (split, self.val_fraction, self.split_seed)
+        folder = self.root() / (self.train_folder if split == "train" or part else self.val_folder)
+        return xray_source(folder, masks if masks and masks.is_dir() else None, self.extensions, part)
 
 
 @schema("dataset", "meta_shift")

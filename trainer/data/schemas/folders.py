@@ -74,6 +74,9 @@ class ImageFolderConfig(DatasetConfig):
             one.train_folder = one.val_folder = folder
         return one
 
+    def validates_on(self) -> str:
+        return "train" if self.val_fraction is not None else Path(self.val_path or self.val_folder).name
+
     def facts(self) -> Facts:
         return self.facts_of(self.build)
 

@@ -38,6 +38,14 @@ class HuggingFaceConfig(DatasetConfig):
             self.image_column, self.label_column, part,
         )  # fmt: skip
 
+    def validates_on(self) -> str:
+        if self.val_fraction is not None or self.val_split or not self.path:
+            return "train" if self.val_fraction is not None else self.val_split or "val"
+        try:
+            return str(getattr(self.build("val"), "split", "val"))
+        except OSError:  # told among the problems
+            return "val"
+
     def facts(self) -> Facts:
         if not self.path:  # the hub would be asked for a dataset called "None"
             return Facts()
