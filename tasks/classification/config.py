@@ -54,6 +54,9 @@ class ClassificationConfig(TaskConfig):
         model = run.model.build(num_classes=len(data.classes), image_size=run.dataset.image_size, in_channels=data.channels)
         return Classification(model, self, data.classes)
 
+    def beyond_one_view(self) -> str:
+        return "" if self.tta == "none" else f"task.tta={self.tta}"
+
     def problems(self, run: RunConfig) -> Iterator[Problem]:
         if self.loss != "bce":
             for name in ("bce_threshold", "bce_sum"):
