@@ -68,8 +68,8 @@ def sweep_problems(overrides: list[str]) -> list[Problem]:
 
 
 def words_of(command: str) -> list[str]:
-    """The words a shell makes of it, with something for each `<name>` that the reader has to fill in."""
-    return shlex.split(re.sub(r"<[^<>]*>", "filled-in", command), comments=True)
+    """The words a shell makes of it, with something for each `<name>` that the reader has to fill in, some of them nested."""
+    return shlex.split(re.sub(r"<(?:[^<>]|<[^<>]*>)*>", "filled-in", command), comments=True)
 
 
 def problems_of(command: str, tmp_path: Path) -> list[Problem]:
