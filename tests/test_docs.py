@@ -145,18 +145,20 @@ def test_what_another_tool_has_is_an_override_here_or_there_is_a_reason(theirs, 
 
 
 FLAGS = """
-amp amp-dtype aug-level aug-type batch-size bias-lr bias-weight-decay channels channels-last clip-grad-norm compile compile-backbone compile-fullgraph
-compile-mode compile-opt compile-recompile-limit cooldown-epochs cooldown-steps custom-layer-lr-scale custom-layer-wd cutmix data-path data-val
-ddp-comm-dtype distributed-mode drop-last epochs experiment fast-matmul find-unused-parameters fsdp grad-accum-steps grad-anomaly-detection
-grad-checkpointing grad-checkpointing-segments help img-loader keep-last layer-decay layer-decay-min-scale layer-decay-no-opt-scale load-ema
-load-scheduler load-states log-interval lr lr-cosine-fraction lr-cosine-min lr-power lr-scale lr-scale-type lr-scheduler lr-scheduler-update
-lr-step-gamma lr-step-size lr-steps mixup-alpha mixup-cutmix-prob model-dtype model-ema model-ema-decay model-ema-warmup moe-training momentum
-nesterov network no-broadcast-buffers no-summary non-interactive non-strict-weights norm-wd num-workers opt opt-alpha opt-betas opt-eps opt-fused
-plot-lr prefetch-factor pretrained ra-magnitude ra-num-ops ra-reps ra-sampler re-prob reset-head resize-min-scale resume-epoch save-frequency seed
-simple-crop size smoothing-alpha steps-per-epoch stop-epoch sync-bn tag top-k transformer-embedding-decay use-deterministic-algorithms use-fake-data
-val-path warmup-epochs warmup-steps wd wd-end wds wds-class-file wds-info wds-train-size wds-training-split wds-val-size wds-val-split
+amp amp-dtype aug-level aug-type backbone-layer-decay backbone-lr batch-size bce-loss bce-threshold bias-lr bias-weight-decay channels channels-last
+clip-grad-norm compile compile-backbone compile-fullgraph compile-mode compile-opt compile-recompile-limit cooldown-epochs cooldown-steps
+custom-layer-lr-scale custom-layer-wd cutmix data-path data-val ddp-comm-dtype distributed-mode drop-last epochs experiment fast-matmul
+find-unused-parameters freeze-backbone-bn freeze-bn freeze-body freeze-layers freeze-module freeze-stages fsdp grad-accum-steps
+grad-anomaly-detection grad-checkpointing grad-checkpointing-segments help img-loader keep-last layer-decay layer-decay-min-scale
+layer-decay-no-opt-scale load-ema load-scheduler load-states log-interval lr lr-cosine-fraction lr-cosine-min lr-power lr-scale lr-scale-type
+lr-scheduler lr-scheduler-update lr-step-gamma lr-step-size lr-steps mesa mesa-start-epoch mesa-weight mixup-alpha mixup-cutmix-prob model-dtype
+model-ema model-ema-decay model-ema-steps model-ema-warmup moe-training momentum nesterov network no-broadcast-buffers no-summary non-interactive
+non-strict-weights norm-wd num-workers opt opt-alpha opt-betas opt-eps opt-fused plot-lr prefetch-factor pretrained ra-magnitude ra-num-ops ra-reps
+ra-sampler re-prob reset-head resize-min-scale resume-epoch rgb-mean rgb-mode rgb-std save-frequency seed simple-crop size smoothing-alpha
+steps-per-epoch stop-epoch sync-bn tag top-k transformer-embedding-decay unfreeze-features use-deterministic-algorithms use-fake-data val-path
+warmup-epochs warmup-steps wd wd-end wds wds-class-file wds-info wds-train-size wds-training-split wds-val-size wds-val-split
 
-cfg-file cfg-files cfg-default ckpt-dir name version seed gpus
+cfg-file cfg-files cfg-default ckpt-dir name version gpus
 """
 """Those of birder that concern classification, and those of SlowTV. ERA4's scripts have none; its table is by feature."""
 
