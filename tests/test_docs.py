@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
 from trainer.__main__ import VERBS
 from trainer.errors import ConfigError, Problem
 from trainer.launch.amend import amended
 from trainer.launch.compose import checked, compose, compose_run
+from trainer.launch.door import options_first
 from trainer.launch.guard import report
 from trainer.launch.jobs import plan
 from trainer.validation import problems_of as invalid
@@ -21,8 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 # What lies on the reader's disk and not on ours.
 ELSEWHERE = ("dataset.path", "dataset.val_path", "dataset.info", "dataset.class_file", "init_from", "task.teacher")
-OVERRIDE_VERBS = ("validate", "plot-lr", "find-lr", "show-batch", "bench-loader", "describe-data")
-RUN_VERBS = ("evaluate", "predict", "export", "extend", "clean")  # RUN_DIR, and for most of them overrides of its config
 OWN_WORDS = ("checkpoint", "classes", "split", "real_labels")
 
 
@@ -66,33 +67,53 @@ def sweep_problems(overrides: list[str]) -> list[Problem]:
     return []
 
 
+def words_of(command: str) -> list[str]:
+    """The words a shell makes of it, with something for each `<name>` that the reader has to fill in, some of them nested."""
+    return shlex.split(re.sub(r"<(?:[^<>]|<[^<>]*>)*>", "filled-in", command), comments=True)
+
+
 def problems_of(command: str, tmp_path: Path) -> list[Problem]:
-    """Everything wrong with a command of one of our programs, but for what lies on the reader's disk."""
-    words = shlex.split(command, comments=True)
-    overrides, config_dir = [w for w in words if "=" in w and not w.startswith("-")], None
+    """Everything wrong with a command of one of our programs, but for what lies on the reader's disk.
+
+    The words are taken apart by the program's own parser, which ends the process where it does not know an option.
+    """
+    words = words_of(command)
     if "trainer" in words:
         verb, rest = words[words.index("trainer") + 1], words[words.index("trainer") + 2 :]
-        assert verb in VERBS or verb.startswith("<"), f"no verb {verb}"
-        if verb in RUN_VERBS:
-            return problems_of_a_run_verb(verb, rest)
-        if verb not in OVERRIDE_VERBS:
-            return []
-    if "--config-dir" in words:
+        assert verb in VERBS or verb == "filled-in", f"no verb {verb}"
+        options = options_of(verb, rest) if verb in VERBS else Namespace()
+        if hasattr(options, "run_dir"):  # the overrides are of a run that exists: here, one of the defaults
+            return amended(DEFAULTS, [o for o in getattr(options, "overrides", []) if o.split("=")[0] not in OWN_WORDS])[2]
+        sweeps = verb == "plan"
+    else:
+        rest = words[next(i for i, word in enumerate(words) if word.endswith("launch.py")) + 1 :]
+        options = get_args_parser().parse_args(options_first(rest))
+        sweeps = options.multirun or any(o.startswith("hydra/launcher=") for o in options.overrides)
+    overrides, config_dir = getattr(options, "overrides", []), getattr(options, "config_dir", None)
+    if config_dir is not None:
         config_dir = str(tmp_path)
         (tmp_path / "experiment").mkdir()
         for name in ("mine", "base"):
             (tmp_path / "experiment" / f"{name}.yaml").write_text("# @package _global_\nname: mine\nloop: {epochs: 3}\n")
-    if ("-m" in words and "trainer" not in words) or any(o.startswith("hydra/launcher=") for o in overrides):
+    if sweeps:
         return [p for p in sweep_problems([o for o in overrides if "sweep.file=" not in o]) if p.key not in ELSEWHERE]
     _, problems = checked(compose(overrides, config_dir))
     return [p for p in problems if p.key not in ELSEWHERE]
 
 
-def problems_of_a_run_verb(verb: str, words: list[str]) -> list[Problem]:
-    """Its own parser takes the words, and the overrides fit a run of the defaults."""
-    options = import_module(VERBS[verb][0].split(":")[0]).arguments().parse_intermixed_args(words)
-    overrides = [o for o in getattr(options, "overrides", []) if o.split("=")[0] not in OWN_WORDS]
-    return amended(DEFAULTS, overrides)[2]
+def options_of(verb: str, words: list[str]) -> Namespace:
+    """What the verb's own parser makes of its words."""
+    module = import_module(VERBS[verb][0].split(":")[0])
+    shared = sum(where.startswith(f"{module.__name__}:") for where, _ in VERBS.values()) > 1
+    parser = module.arguments(verb) if shared else module.arguments()
+    return parser.parse_args(words) if verb == "shards" else parser.parse_intermixed_args(words)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "start"])  # which is for our own launchers, and takes one word
+def test_every_verb_refuses_an_option_that_it_does_not_have(verb, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        options_of(verb, ["--no-such-option"])
+    assert f"python -m trainer {verb}" in capsys.readouterr().err
 
 
 DEFAULTS = compose_run()
@@ -124,18 +145,20 @@ def test_what_another_tool_has_is_an_override_here_or_there_is_a_reason(theirs, 
 
 
 FLAGS = """
-amp amp-dtype aug-level aug-type batch-size bias-lr bias-weight-decay channels channels-last clip-grad-norm compile compile-backbone compile-fullgraph
-compile-mode compile-opt compile-recompile-limit cooldown-epochs cooldown-steps custom-layer-lr-scale custom-layer-wd cutmix data-path data-val
-ddp-comm-dtype distributed-mode drop-last epochs experiment fast-matmul find-unused-parameters fsdp grad-accum-steps grad-anomaly-detection
-grad-checkpointing grad-checkpointing-segments help img-loader keep-last layer-decay layer-decay-min-scale layer-decay-no-opt-scale load-ema
-load-scheduler load-states log-interval lr lr-cosine-fraction lr-cosine-min lr-power lr-scale lr-scale-type lr-scheduler lr-scheduler-update
-lr-step-gamma lr-step-size lr-steps mixup-alpha mixup-cutmix-prob model-dtype model-ema model-ema-decay model-ema-warmup moe-training momentum
-nesterov network no-broadcast-buffers no-summary non-interactive non-strict-weights norm-wd num-workers opt opt-alpha opt-betas opt-eps opt-fused
-plot-lr prefetch-factor pretrained ra-magnitude ra-num-ops ra-reps ra-sampler re-prob reset-head resize-min-scale resume-epoch save-frequency seed
-simple-crop size smoothing-alpha steps-per-epoch stop-epoch sync-bn tag top-k transformer-embedding-decay use-deterministic-algorithms use-fake-data
-val-path warmup-epochs warmup-steps wd wd-end wds wds-class-file wds-info wds-train-size wds-training-split wds-val-size wds-val-split
+amp amp-dtype aug-level aug-type backbone-layer-decay backbone-lr batch-size bce-loss bce-threshold bias-lr bias-weight-decay channels channels-last
+clip-grad-norm compile compile-backbone compile-fullgraph compile-mode compile-opt compile-recompile-limit cooldown-epochs cooldown-steps
+custom-layer-lr-scale custom-layer-wd cutmix data-path data-val ddp-comm-dtype distributed-mode drop-last epochs experiment fast-matmul
+find-unused-parameters freeze-backbone-bn freeze-bn freeze-body freeze-layers freeze-module freeze-stages fsdp grad-accum-steps
+grad-anomaly-detection grad-checkpointing grad-checkpointing-segments help img-loader keep-last layer-decay layer-decay-min-scale
+layer-decay-no-opt-scale load-ema load-scheduler load-states log-interval lr lr-cosine-fraction lr-cosine-min lr-power lr-scale lr-scale-type
+lr-scheduler lr-scheduler-update lr-step-gamma lr-step-size lr-steps mesa mesa-start-epoch mesa-weight mixup-alpha mixup-cutmix-prob model-dtype
+model-ema model-ema-decay model-ema-steps model-ema-warmup moe-training momentum nesterov network no-broadcast-buffers no-summary non-interactive
+non-strict-weights norm-wd num-workers opt opt-alpha opt-betas opt-eps opt-fused plot-lr prefetch-factor pretrained ra-magnitude ra-num-ops ra-reps
+ra-sampler re-prob reset-head resize-min-scale resume-epoch rgb-mean rgb-mode rgb-std save-frequency seed simple-crop size smoothing-alpha
+steps-per-epoch stop-epoch sync-bn tag top-k transformer-embedding-decay unfreeze-features use-deterministic-algorithms use-fake-data val-path
+warmup-epochs warmup-steps wd wd-end wds wds-class-file wds-info wds-train-size wds-training-split wds-val-size wds-val-split
 
-cfg-file cfg-files cfg-default ckpt-dir name version seed gpus
+cfg-file cfg-files cfg-default ckpt-dir name version gpus
 """
 """Those of birder that concern classification, and those of SlowTV. ERA4's scripts have none; its table is by feature."""
 

@@ -35,6 +35,27 @@ def test_an_extended_run_is_the_run_that_was_longer_from_the_start(tmp_path):
     assert (extension["at_step"], extension["total_steps"], extension["overrides"]) == (9, 15, ["loop.epochs=5"])
 
 
+STAGES = ["{epochs: 1, image_size: 8}", "{epochs: 1}", "{epochs: 2, batch_size: 24, lr_scale: 0.5}"]
+
+
+def test_a_run_in_stages_takes_on_another_stage(tmp_path, monkeypatch):
+    """Bit for bit the run that had it from the start; killed and resumed in the new stage."""
+    network = [*VIT, "scheduler=onecycle", "loop.epochs=null"]
+    whole = f"loop.stages=[{', '.join(STAGES)}]"
+    run(tmp_path / "long", *network, whole)
+    run(tmp_path / "short", *network, f"loop.stages=[{', '.join(STAGES[:2])}]")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Stopped):
+            extend.main([str(tmp_path / "short"), whole])
+    assert last(tmp_path / "short")["step"] == 8 and len(RunDirectory(tmp_path / "short").read_config().loop.stages) == 3
+    assert extend.main([str(tmp_path / "short"), whole]) == 0
+    assert_same_run(tmp_path / "long", tmp_path / "short")
+    for changed in ([STAGES[1], STAGES[0], STAGES[2]], [STAGES[0], "{epochs: 2}", STAGES[2], "{epochs: 1}"], STAGES[:2]):
+        with pytest.raises(ConfigError, match=r"loop\.stages=. stages: the stages that an extended run has come first"):
+            extend.main([str(tmp_path / "short"), f"loop.stages=[{', '.join(changed)}]"])
+
+
 def test_an_extension_that_is_stopped_goes_on_by_either_command(tmp_path, monkeypatch, capsys):
     command = [*SHORT, *VIT, f"runs_dir={tmp_path}", "name=run"]
     first = compose_run(*command)
@@ -77,6 +98,10 @@ REFUSED = {
     "the seed": (["loop.epochs=5", "seed=1"], "seed=1: an extended run stays"),
     "the optimizer's memory": (["loop.epochs=5", "optimizer.weight_decay=0.5"], "optimizer.weight_decay=0.5: an extended run stays"),
     "another place": (["loop.epochs=5", "version=b"], "version=b: the run stays where it is"),
+    "stages where there were none": (
+        ["loop.stages=[{epochs: 3}, {epochs: 2}]", "loop.epochs=5"],
+        "loop.stages=2 stages: this run has none",
+    ),
     "no key": (["loop.epoch=5"], "loop.epoch=5: there is no such key\n    try: loop.epochs=5"),
     "a schedule that does not fit": (["loop.steps=12", "scheduler.warmup_steps=13"], "scheduler.warmup_steps=13"),
 }

@@ -27,6 +27,16 @@ def rows(directory: Path) -> list[dict]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_mixed_batches_of_odd_numbers_train_to_the_last_image(accumulate, tmp_path):
+    """Batches of 15, 15, 15 and 1; or in three micro-batches of 5, and the last one of a single image."""
+    result = run(tmp_path, *VIT, "augmentation=basic", "augmentation.mixup=0.8", "augmentation.cutmix=1.0", "loop.batch_size=15", "loop.samples_per_epoch=46",
+                 "loop.drop_last=false", f"loop.accumulate={accumulate}")  # fmt: skip
+    assert (result["steps"], result["samples"]) == (12, 138)
+    losses = [row["train/loss"] for row in rows(tmp_path) if "train/loss" in row]
+    assert len(losses) == 12 and all(0 < loss < 5 for loss in losses)
+
+
 def test_every_file_of_a_finished_run(tmp_path):
     overrides = [*VIT, "logger.plots=true", "loop.ema_decay=0.9"]
     result = run(tmp_path, *overrides)

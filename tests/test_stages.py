@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.processes import finish, logs, start_ranks
+from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import MODELS, SHORT, assert_same, assert_same_run, last, run, stop_after
 from trainer import load_model
 from trainer.build import build_data
+from trainer.engine import Engine
 from trainer.errors import Stopped
 from trainer.launch.compose import checked, compose, compose_run
 from trainer.launch.evaluate import main as evaluate
@@ -103,6 +104,58 @@ def test_what_is_frozen_does_not_move_and_the_model_takes_its_own_size(unbroken:
     assert [name for name in three if not torch.equal(two[name], three[name])] == ["model.head.weight", "model.head.bias"]
     model = load_model(unbroken, checkpoint="last")
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+# The head alone for three steps, then all of the network for six.
+UNFREEZE = [
+    "loop.stages=[{epochs: 1, freeze_to: backbone}, {epochs: 2, lr_scale: 0.5}]",
+    "loop.ema_decay=0.9",
+    "loop.max_validation_batches=1",
+]
+
+
+@pytest.mark.parametrize("schedule", ["each", "whole"])
+@pytest.mark.parametrize("network", [VIT, RESNET], ids=["vit", "batchnorm"])
+def test_an_unfrozen_network_killed_in_the_second_stage_ends_in_the_same_bits(network: list[str], schedule: str, tmp_path: Path):
+    overrides = [*network, *UNFREEZE, f"loop.stage_schedule={schedule}", "scheduler=onecycle", "loop.checkpoint_every_steps=1"]
+    run(tmp_path / "unbroken", *overrides)
+    broken = start(tmp_path / "killed", [*SHORT, *overrides], environment={"TRAINYARD_CHECKPOINT_FAULT": "sync:kill:6"})
+    assert finish([broken]) == [-signal.SIGKILL], logs(tmp_path / "killed")
+    middle = last(tmp_path / "killed")
+    assert 3 < middle["step"] < 9, "in the second stage"
+    run(tmp_path / "killed", *overrides)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("schedule", ["each", "whole"])
+def test_what_is_unfrozen_learns_from_its_stage_on_and_its_average_begins_there(
+    schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    overrides = [*RESNET, *UNFREEZE, f"loop.stage_schedule={schedule}"]
+    seen: dict[int, tuple[dict, dict]] = {}  # step -> weights and averages after it
+    original = Engine.train_step
+
+    def train_step(self, stream):
+        original(self, stream)
+        copied = lambda state: {k: v.detach().clone() for k, v in state.items()}  # noqa: E731
+        seen[self.state.step] = (copied(self.state.task.state_dict()), copied(self.state.ema.state_dict()))
+
+    monkeypatch.setattr(Engine, "train_step", train_step)
+    run(tmp_path / "run", *overrides)
+    assert sorted(seen) == list(range(1, 10))
+    head = {"model.fc.weight", "model.fc.bias"}
+    moved = lambda a, b: {name for name in seen[a][0] if not torch.equal(seen[a][0][name], seen[b][0][name])}  # noqa: E731
+    statistics = {name for name in seen[1][0] if name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert moved(1, 3) - statistics == head
+    assert moved(3, 4) >= {name for name in seen[1][1] if not name.endswith("running_mean")}
+    trained = set(seen[9][1]) - statistics
+    assert set(seen[3][1]) - statistics == head and trained > head and len(trained) > 20
+    for name in trained - head:  # begun with the weights as they were when the stage began, and moved towards the step's
+        (before, _), (after, average) = seen[3], seen[4]
+        share = 1 - min(0.9, (1 + 3) / (10 + 3))
+        torch.testing.assert_close(average[name], before[name].lerp(after[name], share), msg=name)
+    for name in head:  # that of the first stage goes on
+        torch.testing.assert_close(seen[4][1][name], seen[3][1][name].lerp(seen[4][0][name], 1 - 4 / 13), msg=name)
 
 
 def test_one_stage_is_like_none(tmp_path: Path):

@@ -128,6 +128,9 @@ def build_task(run: RunConfig, data: Data, device: torch.device, world_size: int
         )  # fmt: skip
     task = task.to(device)
     if run.loop.compile:
+        # Of a stage before this one nothing is called any more, but torch counts it: after eight compilations of one function it
+        # would run the ninth uncompiled, with a word in the log.
+        torch.compiler.reset()
         for part in task.compiled_parts():
             for module in (regions(part) if run.loop.compile_regions else ()) or (part,):
                 compile_in_place(module, run.loop.compile_mode, fullgraph=run.loop.compile_fullgraph)

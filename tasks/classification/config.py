@@ -61,6 +61,9 @@ class ClassificationConfig(TaskConfig):
             normalize_input(model, run.model.name)
         return Classification(model, self, data.classes)
 
+    def beyond_one_view(self) -> str:
+        return "" if self.tta == "none" else f"task.tta={self.tta}"
+
     def problems(self, run: RunConfig) -> Iterator[Problem]:
         if self.loss != "bce":
             for name in ("bce_threshold", "bce_sum"):

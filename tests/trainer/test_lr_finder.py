@@ -180,5 +180,17 @@ def test_the_verb_leaves_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert find_lr([*overrides, "--out", str(tmp_path / "out")]) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"lr_finder.csv", "lr_finder.json", "lr_finder.png"}
     assert not (tmp_path / "runs").exists() and "learning rates from 1e-07" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="torchrun"):
-        find_lr(["distributed=local", "distributed.processes=2"])
+
+
+def test_the_verb_starts_the_ranks_that_the_run_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As many as there are GPUs, here two, on the CPU; and their curve is that of one."""
+    monkeypatch.setattr("trainer.surroundings.visible_gpus", lambda: 2)
+    overrides = [*VIT, "loop.lr_finder_steps=20", "loop.lr_finder_end=1e-2", f"runs_dir={tmp_path / 'runs'}"]
+    assert find_lr([*overrides, "--out", str(tmp_path / "two")]) == 0
+    assert (tmp_path / "two" / "train.rank1.log").exists() and not (tmp_path / "runs").exists()
+    assert find_lr([*overrides, "distributed.processes=1", "--out", str(tmp_path / "one")]) == 0
+    curves = {}
+    for name in ("one", "two"):
+        with (tmp_path / name / "lr_finder.csv").open() as file:
+            curves[name] = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(curves["one"]) == 20 and curves["two"] == pytest.approx(curves["one"], rel=1e-3)

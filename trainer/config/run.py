@@ -63,6 +63,13 @@ class TaskConfig:
         """The same task for a network that is trained already: without what only training needs from elsewhere."""
         return self
 
+    def beyond_one_view(self) -> str:
+        """The setting by which validation asks the network several times about an image, and "" where it asks once.
+
+        An exported file and `load_model` answer once, so scores with more views are not theirs.
+        """
+        return ""
+
 
 @schema("precision", "precision")
 @dataclass

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trainer.launch.door import checked_run
+from trainer.launch.door import checked_run, override_arguments
 
 if TYPE_CHECKING:
     from trainer.config import DatasetConfig, RunConfig
@@ -18,16 +19,18 @@ if TYPE_CHECKING:
 ENOUGH = 0.95  # of the best rate: fewer workers that reach it are recommended, as each costs memory and a core
 
 
-def main(argv: Sequence[str]) -> int:
-    """Measure the grid, print it as a table with a recommendation."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m trainer bench-loader", description="Images per second over workers x prefetch.")
+def arguments() -> ArgumentParser:
+    parser = override_arguments("bench-loader", "Images per second over workers x prefetch.")
     parser.add_argument("--workers", type=int, nargs="+", help="numbers of workers to try (default: 0, 1, 2, 4 … up to the cores)")
     parser.add_argument("--prefetch", type=int, nargs="+", default=[2, 4], help="batches each worker keeps ready (default: 2 4)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure each combination (default: 5)")
-    options, overrides = parser.parse_known_args(argv)
-    run = checked_run(overrides)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure the grid, print it as a table with a recommendation."""
+    options = arguments().parse_intermixed_args(argv)
+    run = checked_run(options.overrides, options.config_dir)
     workers = options.workers if options.workers is not None else [w for w in default_workers() if can_feed(run.dataset, w)]
     grid = [(w, p) for w in workers for p in (options.prefetch if w else options.prefetch[:1])]
     rates: dict[tuple[int, int], float] = {}

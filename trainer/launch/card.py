@@ -34,7 +34,8 @@ def card(
         "exported": time.strftime("%Y-%m-%d"),
     }
     sections = [f"# {run.name}", "", "| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in facts.items()), ""]
-    sections += [*_scores(saved, result), *_input(metadata), *_classes(metadata), *_files(files, checked_on), *_use(metadata, files)]
+    views = directory.read_config().task.beyond_one_view()  # of the run that was scored; the export may have overrides
+    sections += [*_scores(saved, result, views), *_input(metadata), *_classes(metadata), *_files(files, checked_on), *_use(metadata, files)]
     sections += [
         "## Limits", "",
         "The scores are those of the data above and say nothing about others; measure with `python -m trainer evaluate`. "
@@ -43,19 +44,23 @@ def card(
     return "\n".join(sections)
 
 
-def _scores(saved: Mapping[str, Any], result: Mapping[str, Any] | None) -> list[str]:
+def _scores(saved: Mapping[str, Any], result: Mapping[str, Any] | None, views: str) -> list[str]:
+    """`views`: the setting by which the run's validation saw several views of an image, or ""."""
     rows = (result or {}).get("history") or saved.get("history") or []
     row = next((r for r in rows if r.get("step") == saved["step"]), None)
     if row is None:
         return ["## Scores", "", "Not validated at this step.", ""]
     names = [name for name in row if name.startswith("val/") and name != "val/seconds"]
+    measured = f"validation, with test-time augmentation `{views}`" if views else "validation"
+    alone = f"The files, and `load_model`, see each image once and may score lower than this: `python -m trainer evaluate` without `{views}` tells."
     return [
         "## Scores",
         "",
-        "| metric | validation |",
+        f"| metric | {measured} |",
         "|---|---|",
         *(f"| {n.removeprefix('val/')} | {show(n, row[n])} |" for n in names),
         "",
+        *([alone, ""] if views else []),
     ]
 
 

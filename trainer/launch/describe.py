@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,27 +11,28 @@ from trainer.config import DatasetConfig
 from trainer.errors import ConfigError
 from trainer.launch import diagnose
 from trainer.launch.compose import checked, compose
+from trainer.launch.door import override_arguments
 
 
-def main(argv: Sequence[str]) -> int:
-    """Compose a run, look through its data, print and plot. `--limit N` reads N images of each split, `--out DIR` draws there."""
-    import argparse
-
-    from trainer.data.describe import describe
-
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer describe-data", description="Counts per class, sizes, colours, duplicates and bad files of a dataset."
-    )
+def arguments() -> ArgumentParser:
+    parser = override_arguments("describe-data", "Counts per class, sizes, colours, duplicates and bad files of a dataset.")
     parser.add_argument("--limit", type=int, help="images of each split to read, evenly spread (default: all)")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/describe-data"), help="folder of the drawing (default: outputs/describe-data)"
     )
-    options, overrides = parser.parse_known_args(argv)
-    describe(looked_at(overrides), options.out, options.limit)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compose a run, look through its data, print and plot. `--limit N` reads N images of each split, `--out DIR` draws there."""
+    from trainer.data.describe import describe
+
+    options = arguments().parse_intermixed_args(argv)
+    describe(looked_at(options.overrides, options.config_dir), options.out, options.limit)
     return 0
 
 
-def looked_at(overrides: Sequence[str]) -> DatasetConfig:
+def looked_at(overrides: Sequence[str], config_dir: str | None = None) -> DatasetConfig:
     """The dataset of a command line; of one that lacks a split, or has a bad one, the other alone, with a warning.
 
     Raises:
@@ -38,7 +40,7 @@ def looked_at(overrides: Sequence[str]) -> DatasetConfig:
     """
     from trainer.validation import problems_of_data
 
-    composed = compose(overrides)
+    composed = compose(overrides, config_dir)
     run, problems = checked(composed, lambda run: ())
     if run is None or problems:
         raise ConfigError(*problems)

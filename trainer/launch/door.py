@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -47,6 +47,14 @@ def options_first(argv: Sequence[str]) -> list[str]:
     for override in overrides:
         options.remove(override)
     return [*options, *overrides]
+
+
+def override_arguments(verb: str, description: str) -> ArgumentParser:
+    """The command line of a verb that takes what launch.py takes: `checked_run(options.overrides, options.config_dir)`."""
+    parser = ArgumentParser(prog=f"python -m trainer {verb}", description=description)
+    parser.add_argument("overrides", nargs="*", help="group=choice and key=value, as for launch.py")
+    parser.add_argument("--config-dir", metavar="DIR", help="a folder of your own YAML, laid out like conf/")
+    return parser
 
 
 def checked_run(overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:

@@ -31,7 +31,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer extend", description="Let a run that is done go on, in its own directory.")
     parser.add_argument("run_dir", help="runs/<name>/<version>-<hash>")
     parser.add_argument(
-        "overrides", nargs="+", help="loop.epochs=N or loop.steps=N, the new length in all; also scheduler=…, optimizer.lr=…"
+        "overrides",
+        nargs="+",
+        help="loop.epochs=N or loop.steps=N, the new length in all, or loop.stages=[those it has, more]; also scheduler=…, optimizer.lr=…",
     )
     return parser
 
@@ -72,7 +74,12 @@ def main(argv: Sequence[str]) -> int:
 def refused(before: RunConfig, run: RunConfig) -> Iterator[Problem]:
     """Settings that an extension cannot change, because the checkpoint's state would not fit, or mean something else."""
     for key, old, new in differences(before, run):
-        if not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE):
+        if key == "loop.stages":
+            if not old or new[: len(old)] != old:
+                reason = "the stages that an extended run has come first, as they are; others may follow"
+                fix = "loop.stages=[<those of its config.yaml>, {epochs: ...}]" if old else f"loop.epochs={2 * before.loop.num_epochs}"
+                yield Problem(key, f"{len(new)} stages", reason if old else "this run has none: its length may change", fix)
+        elif not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE):
             fix = f"leave it at {old}; init_from=<this run> starts another run from its weights"
             yield Problem(
                 key, new, "an extended run stays the run it is; its length, schedule, augmentation and learning rate may change", fix

@@ -1,30 +1,36 @@
 """`python -m trainer find-lr <overrides>`: a sweep of the learning rate for a run, without starting it.
 
-Under torchrun it sweeps with the ranks it finds. The picture and the table go to `--out`; no run directory is made.
+Under torchrun it sweeps with the ranks it finds; otherwise it starts those that the run would have on this host. The picture and
+the table go to `--out`; no run directory is made.
 """
 
 from __future__ import annotations
 
+import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.errors import ConfigError, Problem
-from trainer.launch.door import checked_run
+from trainer.launch.door import checked_run, override_arguments
+from trainer.surroundings import ranks_to_start
+
+
+def arguments() -> ArgumentParser:
+    parser = override_arguments("find-lr", "Loss over exponentially rising learning rates.")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the curve (default: outputs)")
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Print suggestions and write lr_finder.csv, .json and .png."""
-    import argparse
+    options = arguments().parse_intermixed_args(argv)
+    run = checked_run(options.overrides, options.config_dir)
+    count = ranks_to_start(run.distributed)
+    if count > 1:
+        from trainer.launch.local import start_local_ranks
 
-    parser = argparse.ArgumentParser(prog="python -m trainer find-lr", description="Loss over exponentially rising learning rates.")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder for the curve (default: outputs)")
-    options, overrides = parser.parse_known_args(argv)
-    run = checked_run(overrides)
-    from trainer.surroundings import ranks_to_start
-
-    if (count := ranks_to_start(run.distributed)) > 1:
-        fix = f"torchrun --nproc-per-node={count} -m trainer find-lr …, or distributed.processes=1"
-        raise ConfigError(Problem("distributed.processes", run.distributed.processes, f"would be {count} ranks, and this starts none", fix))
+        options.out.mkdir(parents=True, exist_ok=True)  # where ranks other than the first write their logs
+        return start_local_ranks(options.out, count, 0, command=[sys.executable, "-m", "trainer", "find-lr", *argv])
     from trainer.run import find_lr
 
     find_lr(run, options.out)

@@ -20,8 +20,7 @@ from trainer.surroundings import ranks_to_start, surroundings
 NEIGHBOURS = (10, 20, 100, 200)  # as DINO reports them (arXiv:2104.14294, app. F)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Ask, print, and write `RUN_DIR/evaluations/knn-<name>/scores.json`."""
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer knn",
         description="How often the nearest training images of a validation image agree with it in class, by a run's features; nothing is trained.",
@@ -31,7 +30,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="group=choice and key=value, as for launch.py")
     parser.add_argument("--neighbours", type=int, nargs="+", default=list(NEIGHBOURS), help="how many vote (default: 10 20 100 200)")
     parser.add_argument("--temperature", type=float, default=0.07, help="votes weigh exp(cosine / temperature) (default: 0.07)")
-    options = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Ask, print, and write `RUN_DIR/evaluations/knn-<name>/scores.json`."""
+    options = arguments().parse_intermixed_args(argv)
     for key, values in (("--neighbours", options.neighbours), ("--temperature", [options.temperature])):
         if min(values) <= 0:
             raise ConfigError(Problem(key, min(values), "must be > 0", f"{key} {20 if key == '--neighbours' else 0.07}"))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from trainer.config import LoggerConfig, Progressing, Resume
 from trainer.config.launcher import SlurmLauncherConfig
 from trainer.errors import ConfigError, Problem
+from trainer.launch.door import override_arguments
 from trainer.launch.jobs import Plan, Planned, plan, ranks_of
 from trainer.rundir import RunDirectory, run_directory
 from trainer.surroundings import as_if, num_ranks
@@ -37,19 +39,32 @@ class Row:
     cost: Cost
 
 
+def arguments() -> ArgumentParser:
+    parser = override_arguments("plan", "A sweep without starting it: its jobs, GPU hours and disk.")
+    parser.add_argument("-m", "--multirun", action="store_true", help="may be left out: a plan is of a sweep")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--budget", metavar="HOURS", help="end with 2 where the sweep would cost more GPU hours")
+    parser.add_argument(
+        "--probe", metavar="STEPS", help=f"try out jobs unlike any finished run, for so many steps (--probe alone: {PROBE_STEPS})"
+    )
+    return parser
+
+
 def main(argv: Sequence[str]) -> int:
     """Print the plan of a command line. With `--json`, for programs; with `--budget=HOURS`, 2 where it would cost more; with
     `--probe`, jobs unlike any finished run are tried out for a few steps."""
-    budget, steps = _option(argv, "--budget", "hours"), _option(argv, "--probe", "optimizer steps")
-    overrides = [word for word in argv if not word.startswith("--") and word != "-m"]
-    planned = plan(overrides)
+    options = arguments().parse_intermixed_args(
+        ["--probe=" if word == "--probe" else word for word in argv]
+    )  # a word behind it is no number
+    budget, steps = _positive("--budget", options.budget, "hours"), _positive("--probe", options.probe or None, "optimizer steps")
+    planned = plan(options.overrides, options.config_dir)
     if planned is None:
         raise ConfigError(Problem("hydra/launcher", "", "only sweeps of our own launchers can be planned", "hydra/launcher=local"))
     history = History()
-    if steps is not None or "--probe" in argv:
+    if options.probe is not None:
         probe(planned, history, round(steps or PROBE_STEPS))
     rows = rows_of(planned, history)
-    if "--json" in argv:
+    if options.json:
         print(json.dumps([_as_json(row) for row in rows], indent=1))
     else:
         print(table(planned, rows))
@@ -60,8 +75,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _option(argv: Sequence[str], name: str, unit: str) -> float | None:
-    text = next((word.partition("=")[2] for word in argv if word.startswith(name + "=")), None)
+def _positive(name: str, text: str | None, unit: str) -> float | None:
     try:
         if text is None or float(text) > 0:
             return None if text is None else float(text)

@@ -5,13 +5,14 @@ Composes and checks the run as launch.py does; builds no network and imports no 
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config import RunConfig, stage_runs
-from trainer.launch.door import checked_run
+from trainer.launch.door import checked_run, override_arguments
 from trainer.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -20,18 +21,18 @@ if TYPE_CHECKING:
 EPOCH_ROWS = 10  # the table shows at most about this many epochs, beside the turning points
 
 
-def main(argv: Sequence[str]) -> int:
-    """Print a table and draw a picture of a run's schedule. `--out FILE` says where to."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer plot-lr", description="The learning rate and momentum of every optimizer step."
-    )
+def arguments() -> ArgumentParser:
+    parser = override_arguments("plot-lr", "The learning rate and momentum of every optimizer step.")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/learning_rate.png"), help="the picture (default: outputs/learning_rate.png)"
     )
-    options, overrides = parser.parse_known_args(argv)
-    run = checked_run(overrides)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a table and draw a picture of a run's schedule. `--out FILE` says where to."""
+    options = arguments().parse_intermixed_args(argv)
+    run = checked_run(options.overrides, options.config_dir)
     parts = stretches(run)
     for part in parts:
         print(table(part.run, part.schedule, part.per_epoch, part) + ("\n" if part is not parts[-1] else ""))

@@ -5,11 +5,12 @@ Composes and checks the run as launch.py does and reads its first training batch
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.launch.door import checked_run
+from trainer.launch.door import checked_run, override_arguments
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,16 +24,18 @@ GAP = 2  # pixels between the views of one image
 TINTS = ((255, 64, 64), (64, 160, 255), (64, 220, 64), (255, 200, 0), (220, 80, 255), (0, 220, 220))  # of a mask's values 1, 2, …
 
 
-def main(argv: Sequence[str]) -> int:
-    """Write the sheet and print its path. `--val` shows validation instead of training."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m trainer show-batch", description="A contact sheet of the first batch.")
+def arguments() -> ArgumentParser:
+    parser = override_arguments("show-batch", "A contact sheet of the first batch.")
     parser.add_argument("--out", type=Path, default=Path("outputs/batch.png"), help="the picture (default: outputs/batch.png)")
     parser.add_argument("--count", type=int, default=32, help="images on the sheet (default: 32)")
     parser.add_argument("--val", action="store_true", help="the first validation batch")
-    options, overrides = parser.parse_known_args(argv)
-    run = checked_run(overrides)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the sheet and print its path. `--val` shows validation instead of training."""
+    options = arguments().parse_intermixed_args(argv)
+    run = checked_run(options.overrides, options.config_dir)
     batch, classes = first_batch(run, train=not options.val)
     picture = sheet(run, batch, classes, options.count)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,13 +14,14 @@ import trainer
 
 logger = logging.getLogger(__name__)
 
-# Seconds before the first drawing while the run goes, the longest pause, and the share of one core that drawings may take.
-FIRST, PAUSE, SHARE = 20.0, 120.0, 0.02
+# Seconds from the beginning of one drawing to that of the next at least, the longest pause while no epoch ends, and the share of the
+# time that may be spent on drawing, at low priority: what takes 2 s is drawn at the end of every epoch of 8 s and more.
+FLOOR, PAUSE, SHARE = 5.0, 120.0, 0.25
 SLOWEST = 120.0  # seconds: where its fonts are not indexed yet, matplotlib's first start takes tens
 
 
 class Plotter:
-    """A thread that draws now and then, and once more at the end. Training does not touch it."""
+    """A thread that draws at the end of every epoch, of very short ones at every few, and once more at the end. Training does not wait."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -33,7 +34,7 @@ class Plotter:
         self.thread.start()
 
     def epoch(self) -> None:
-        """An epoch is over: draw it, as soon as the last drawing has cost little enough. Does not wait."""
+        """An epoch is over: draw it, at once unless the last drawing was just now. Does not wait."""
         self.wake.set()
 
     def finish(self) -> None:
@@ -51,14 +52,15 @@ class Plotter:
             self._report("it takes too long")
 
     def _work(self) -> None:
-        pause = FIRST
+        pause = FLOOR
         try:
             while not self.ends.wait(pause):
                 self.wake.wait(PAUSE)
                 if self.ends.is_set():
                     break
                 self.wake.clear()
-                pause = self._draw() / SHARE
+                cost = self._draw()
+                pause = max(FLOOR - cost, cost * (1 / SHARE - 1))
             self._draw()
         except Exception as error:
             if self.process is not None:

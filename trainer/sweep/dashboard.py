@@ -23,7 +23,7 @@ CURVES = ("train/loss",)  # besides every metric
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     found = find([options.sweep], "dashboard")
     if found.sweep is None:
         raise ConfigError(
@@ -107,7 +107,7 @@ def config_key(key: str, found: Found) -> str:
     return key if "." in key or key not in config else f"{key}.name" if f"{key}.name" in config else f"{key}._schema_"
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer dashboard", description="A saved report in W&B, of a sweep's runs.")
     parser.add_argument("sweep", type=Path, metavar="SWEEP")
     parser.add_argument("--project", help="default: the one the runs were logged to")

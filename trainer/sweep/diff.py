@@ -23,12 +23,16 @@ _SKIPPED = ("previous", "git", "time", "argv", "data")  # of environment.json: t
 _LONGEST = 40  # characters of a value
 
 
-def main(argv: Sequence[str]) -> int:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer diff", description="What differs between two runs, or two sweeps.")
     parser.add_argument("a", type=Path, metavar="A", help="a run directory, or a sweep's")
     parser.add_argument("b", type=Path, metavar="B", help="another of the kind")
     parser.add_argument("--json", action="store_true", help="for programs")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    options = arguments().parse_intermixed_args(argv)
     if all((path / FILE).exists() for path in (options.a, options.b)):
         from trainer.sweep import sweep_diff
 

@@ -15,7 +15,7 @@ from trainer.sweep.verdict import Verdict, judge
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     found = find(options.paths)
     verdict = judge(found, options.metric, at=options.at, reference=options.reference, interval=options.interval)
     for line in [verdict.title, *heading(verdict), "", *lines_for_terminal(verdict), ""]:
@@ -46,7 +46,7 @@ def write(verdict: Verdict, home: Path) -> list[Path]:
     return paths
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer report",
         description="Means over seeds with intervals, paired comparisons, and which seeds are missing: report.{md,csv,tex,json,html}; "

@@ -25,7 +25,7 @@ _CLOCKS = ("seconds", "system/")  # parts of the names of what no two runs share
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     first = RunDirectory(options.directory)
     run = again(first.read_config())
     second = RunDirectory(options.out or first.path.with_name(first.path.name + SUFFIX))
@@ -156,7 +156,7 @@ def _table(scores: Mapping[str, tuple[float, float]]) -> Iterator[str]:
     yield ""
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer reproduce",
         description="The same run again from its own config.yaml, and how far its metrics are from the first.",

@@ -63,7 +63,7 @@ class Line:
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     if options.json:
         found = find(options.paths, "status")
         print(json.dumps(as_json(found, lines_of(found)), indent=1, ensure_ascii=False))
@@ -228,7 +228,7 @@ def _rows_of_screen() -> int:
     return max(5, shutil.get_terminal_size((150, 40)).lines - 5)
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer status", description="How the jobs of a sweep are doing; live on a terminal.")
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="sweeps, run directories, or folders of runs")
     parser.add_argument("--once", action="store_true", help="print the table once and whole, and leave")

@@ -20,7 +20,7 @@ AT_ONCE = 8  # runs uploaded side by side; the starts of one run follow one anot
 
 
 def main(argv: Sequence[str]) -> int:
-    options = _parser().parse_args(argv)
+    options = arguments().parse_intermixed_args(argv)
     directories = _directories(options.paths)
     waiting = [(directory, list(unsent(directory, every=options.all))) for directory in directories]
     waiting = [(directory, starts) for directory, starts in waiting if starts]
@@ -71,7 +71,7 @@ def upload(starts: Sequence[Path]) -> int:
     return 1 if missed or done.returncode else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer sync", description="Upload to W&B what it has not had yet.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("runs")], metavar="PATH", help="runs, sweeps, or folders (default: runs)"

@@ -23,7 +23,7 @@ from trainer.sweep.pool import CANCEL
 
 def resume(argv: Sequence[str]) -> int:
     """`resume DIR [JOB ...]`: start what is left of a sweep, or these jobs of it whatever they are; or go on with one run."""
-    args = _arguments("resume", argv)
+    args = _options("resume", argv)
     if not _is_sweep(args.directory):
         return _resume_run(args.directory)
     manifest = Manifest.load(args.directory)
@@ -40,7 +40,7 @@ def resume(argv: Sequence[str]) -> int:
 
 def retry(argv: Sequence[str]) -> int:
     """`retry DIR [JOB ...]`: start again what failed, as its cause allows; the rest is held, with the reason."""
-    args = _arguments("retry", argv)
+    args = _options("retry", argv)
     if not _is_sweep(args.directory):
         return _resume_run(args.directory)
     manifest = Manifest.load(args.directory)
@@ -61,7 +61,7 @@ def retry(argv: Sequence[str]) -> int:
 
 def cancel(argv: Sequence[str]) -> int:
     """`cancel DIR [JOB ...]`: stop queued and running jobs of a sweep, or one run."""
-    args = _arguments("cancel", argv)
+    args = _options("cancel", argv)
     if not _is_sweep(args.directory):
         return _cancel_run(RunDirectory(args.directory))
     manifest = Manifest.load(args.directory)
@@ -87,12 +87,16 @@ def cancel(argv: Sequence[str]) -> int:
     return 0
 
 
-def _arguments(verb: str, argv: Sequence[str]) -> argparse.Namespace:
+def arguments(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m trainer {verb}")
     parser.add_argument("directory", help="runs/<name>/sweeps/<id>, or a run's directory")
     parser.add_argument("jobs", nargs="*", type=int, help="jobs by number; none = all that are concerned")
     parser.add_argument("--wait", action="store_true", help="stay until they have ended")
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def _options(verb: str, argv: Sequence[str]) -> argparse.Namespace:
+    args = arguments(verb).parse_intermixed_args(list(argv))
     if not Path(args.directory).exists():
         raise ConfigError(Problem(verb, args.directory, "no such directory", f"python -m trainer {verb} runs/<name>/sweeps/<id>"))
     if _is_sweep(args.directory):

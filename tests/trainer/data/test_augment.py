@@ -238,6 +238,23 @@ def test_mixing_is_a_blend_or_a_box_and_targets_say_how_much(mixup, cutmix):
     assert {0.0: fraction < 0.05, 0.5: 0.3 < fraction < 0.6, 1.0: fraction > 0.8}[0.5 if mixup and cutmix else float(cutmix > 0)]
 
 
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_an_odd_batch_is_mixed_as_an_even_one(count):
+    """The partner is the next image, round the end, so that nobody is left over; a lone image is its own partner."""
+    images, labels = torch.rand(count, 3, 8, 8), torch.arange(count)
+    partners = images.roll(-1, 0)
+    mixed, target = mixing.mix(images, labels, KEYS[:count], 10, mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5)
+    assert torch.allclose(target.sum(1), torch.ones(count))
+    low, high = torch.minimum(images, partners), torch.maximum(images, partners)
+    assert ((mixed >= low - 1e-6) & (mixed <= high + 1e-6)).all()
+    for i in range(count):
+        assert set(target[i].nonzero().flatten().tolist()) <= {i, (i + 1) % count}
+    if count == 1:
+        assert torch.allclose(mixed, images) and target[0, 0] == 1
+    else:
+        assert not torch.allclose(mixed, images)
+
+
 def test_mixing_with_probability():
     images, labels = torch.rand(2000, 1, 4, 4), torch.arange(2000) % 7
     mixed, target = mixing.mix(images, labels, KEYS, 7, mixup=0.8, cutmix=1.0, probability=0.25, switch=0.5)

@@ -6,6 +6,7 @@ import logging
 import math
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_a_run_ends_with_its_pictures(tmp_path: Path) -> None:
 
 
 def test_drawing_that_fails_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.log.plots.FIRST", 0.05)
+    monkeypatch.setattr("trainer.log.plots.FLOOR", 0.05)
     (tmp_path / "plots").write_text("a file stands where the directory should be")
     with caplog.at_level(logging.WARNING), open_journal(tmp_path, RUN, True) as journal:
         journal.rewind(0)
@@ -148,7 +149,7 @@ def test_speed_time_and_stages(tmp_path: Path) -> None:
 
 
 def test_an_epoch_is_drawn_when_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.log.plots.FIRST", 0.01)
+    monkeypatch.setattr("trainer.log.plots.FLOOR", 0.01)
     drawn: list[int] = []
     monkeypatch.setattr("trainer.log.plots.Plotter._draw", lambda self: drawn.append(1) or 0.0)
     plotter = Plotter(tmp_path)
@@ -162,3 +163,50 @@ def test_an_epoch_is_drawn_when_it_is_over(tmp_path: Path, monkeypatch: pytest.M
     plotter.finish()
     plotter.join(time.monotonic() + 10)
     assert len(drawn) == 4
+
+
+def test_every_epoch_is_drawn_though_drawing_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drawing of 0.05 s and epochs of 0.3 s."""
+    monkeypatch.setattr("trainer.log.plots.FLOOR", 0.1)
+    drawn: list[int] = []
+    monkeypatch.setattr("trainer.log.plots.Plotter._draw", lambda self: time.sleep(0.05) or drawn.append(1) or 0.05)
+    plotter = Plotter(tmp_path)
+    began = time.monotonic()
+    for count in range(1, 6):
+        time.sleep(0.3)
+        plotter.epoch()
+        while len(drawn) < count and time.monotonic() < began + 10:
+            time.sleep(0.01)
+        assert len(drawn) == count
+    assert time.monotonic() - began < 7
+    plotter.finish()
+    plotter.join(time.monotonic() + 10)
+
+
+def test_training_does_not_wait_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.log.plots.FLOOR", 0.01)
+    begun, may_end = threading.Event(), threading.Event()
+    monkeypatch.setattr("trainer.log.plots.Plotter._draw", lambda self: begun.set() or may_end.wait(20) or 0.0)
+    plotter = Plotter(tmp_path)
+    plotter.epoch()
+    assert begun.wait(10)
+    for _ in range(100):
+        plotter.epoch()
+    plotter.finish()
+    assert plotter.thread.is_alive(), "all that while the first is being drawn"
+    may_end.set()
+    plotter.join(time.monotonic() + 10)
+
+
+def test_epochs_that_end_faster_than_they_are_drawn_share_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.log.plots.FLOOR", 0.01)
+    busy: list[float] = []
+    monkeypatch.setattr("trainer.log.plots.Plotter._draw", lambda self: time.sleep(0.05) or busy.append(0.05) or 0.05)
+    plotter = Plotter(tmp_path)
+    began = time.monotonic()
+    while time.monotonic() - began < 1.0:
+        plotter.epoch()
+        time.sleep(0.002)
+    assert busy and sum(busy) < 0.3 * (time.monotonic() - began) + 0.05
+    plotter.finish()
+    plotter.join(time.monotonic() + 10)

@@ -19,8 +19,12 @@ from trainer.errors import ConfigError, Problem
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def shards(argv: Sequence[str]) -> int:
-    """`shards index DIR` and `shards pack SRC DST`."""
+def arguments(verb: str) -> argparse.ArgumentParser:
+    """The command line of `shards` or `split`."""
+    return {"shards": _shards_arguments, "split": _split_arguments}[verb]()
+
+
+def _shards_arguments() -> argparse.ArgumentParser:
     parser = _parser("shards", "Make shards, and look through them.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="index|pack")
     index = verbs.add_parser("index", help="find every sample of every shard, and everything that is wrong with them, before a run does")
@@ -44,18 +48,23 @@ def shards(argv: Sequence[str]) -> int:
         "--verify", action="store_true", help="decode every image and leave out those that fail (otherwise: look at the headers)"
     )
     packing.add_argument("--overwrite", action="store_true", help="replace a split that is there")
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.verb == "pack":  # settings may stand before, between and behind the options
-        arguments.fields += [word for word in rest if "=" in word and not word.startswith("-")]
-        rest = [word for word in rest if word not in arguments.fields]
+    return parser
+
+
+def shards(argv: Sequence[str]) -> int:
+    """`shards index DIR` and `shards pack SRC DST`."""
+    parser = arguments("shards")
+    options, rest = parser.parse_known_args(argv)
+    if options.verb == "pack":  # settings may stand before, between and behind the options
+        options.fields += [word for word in rest if "=" in word and not word.startswith("-")]
+        rest = [word for word in rest if word not in options.fields]
     if rest:
-        (packing if arguments.verb == "pack" else index).error(f"unrecognized arguments: {' '.join(rest)}")
-    return _index(arguments) if arguments.verb == "index" else _pack(arguments)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return _index(options) if options.verb == "index" else _pack(options)
 
 
-def split(argv: Sequence[str]) -> int:
-    """`split DIR --val 0.1 --seed 0`."""
-    from trainer.data.shards.split import HOW, split_folder
+def _split_arguments() -> argparse.ArgumentParser:
+    from trainer.data.shards.split import HOW
 
     parser = _parser("split", "Divide a folder of classes into train/ and val/, class by class.")
     parser.add_argument("dir", metavar="DIR", help="folder that holds one folder for each class")
@@ -63,12 +72,19 @@ def split(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which images validate follows from it (default: 0)")
     parser.add_argument("--out", help="where train/ and val/ are made (default: DIR-split)")
     parser.add_argument("--how", default="link", choices=sorted(HOW), help="link: hard links where possible; symlink; copy (default: link)")
-    arguments = parser.parse_args(argv)
-    if not 0 < arguments.val < 1:
-        raise ConfigError(Problem("--val", arguments.val, "must lie between 0 and 1", "--val 0.1"))
-    folder = Path(arguments.dir).expanduser()
-    out = Path(arguments.out).expanduser() if arguments.out else folder.absolute().with_name(f"{folder.absolute().name}-split")
-    train, val = split_folder(folder, out, arguments.val, arguments.seed, arguments.how, IMAGE_ENDINGS, _progress("images"))
+    return parser
+
+
+def split(argv: Sequence[str]) -> int:
+    """`split DIR --val 0.1 --seed 0`."""
+    from trainer.data.shards.split import split_folder
+
+    options = arguments("split").parse_intermixed_args(argv)
+    if not 0 < options.val < 1:
+        raise ConfigError(Problem("--val", options.val, "must lie between 0 and 1", "--val 0.1"))
+    folder = Path(options.dir).expanduser()
+    out = Path(options.out).expanduser() if options.out else folder.absolute().with_name(f"{folder.absolute().name}-split")
+    train, val = split_folder(folder, out, options.val, options.seed, options.how, IMAGE_ENDINGS, _progress("images"))
     print(f"{train} images to train on and {val} to validate on: dataset=image_folder dataset.path={out}")
     return 0
 
