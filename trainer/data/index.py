@@ -24,7 +24,7 @@ from trainer.data.table import Column, Strings, Table, read_table_and_note
 logger = logging.getLogger(__name__)
 
 FOLDER = ".trainyard"
-VERSION = 1  # raise it when what a scan writes changes its meaning
+VERSION = 2  # raise it when what a scan writes changes its meaning
 # A file system's clock ticks in up to 2 s (FAT), so a change this soon after a scan may leave the same time behind.
 SETTLED = 2_000_000_000  # ns
 ALL_FILES = "*"  # in a watched path: the newest time and the total size of a directory's files

@@ -87,7 +87,8 @@ def test_validation_shows_the_whole_image_and_keeps_the_files_own_boxes():
     out = augment.sample(dict(sample), SampleRandom(0))
     assert out["size"] == (43, 64)
     assert out["source_size"] == (80, 120)
-    np.testing.assert_array_equal(out["source_boxes"], sample["boxes"])
+    np.testing.assert_array_equal(out["truth"][:, :4], [[0, 0, 120, 80], [70, 30, 1, 1]])
+    np.testing.assert_array_equal(out["truth"][:, 4:], np.column_stack([sample["labels"], sample["crowd"], sample["area"]]))
     assert len(out["boxes"]) == 2
     np.testing.assert_allclose(out["boxes"][0], [0, 0, 64, 43], atol=1e-4)
 

@@ -21,6 +21,7 @@ from PIL import Image
 from trainer.data.config import CocoConfig, MultispectralConfig, VocConfig, YoloConfig
 from trainer.data.formats.boxes import Annotations, settle
 from trainer.data.formats.yolo import read_array
+from trainer.data.relabel import Relabelled
 from trainer.data.source import BadSample, Source
 from trainer.data.table import Table
 from trainer.errors import DataError
@@ -337,6 +338,26 @@ def test_unknown_categories_and_images_crowds_and_missing_files(tmp_path: Path, 
     with pytest.raises(DataError) as error:
         config.build("train")
     assert all(text in str(error.value) for text in ("category", "gone.png", "id 555")) and "crowd" not in str(error.value)
+
+
+def test_what_is_scored_is_what_the_file_says(tmp_path: Path) -> None:
+    """To the last bit, in validation alone; with a network's own classes, its own labels."""
+    config = coco(tmp_path)
+    listed = [
+        box([90.1, 70.7, 30.3, 30], area=1.1),
+        box([5, 5, 0, 0], area=0, category=7),
+        box([-7.5, 3, 9, 4]),
+        box([1, math.nan, 3, 3]),
+        box([1, 1, 2, 2], category=5),
+    ]
+    coco_file(tmp_path, "val", listed)
+    val = config.build("val")
+    expected = [[90.1, 70.7, 30.3, 30, 0, 0, 1.1], [5, 5, 0, 0, 1, 0, 0], [-7.5, 3, 9, 4, 0, 0, 36]]
+    assert val[0]["truth"].dtype == np.float64 and val[0]["truth"].tolist() == expected
+    assert val[1]["truth"].shape == (0, 7)
+    assert "truth" not in config.build("train")[0]
+    other = Relabelled(val, ["x", "cell", "bird"], np.array([2, 1]))
+    assert other[0]["truth"][:, 4].tolist() == [2, 1, 2] and val[0]["truth"].tolist() == expected
 
 
 def test_images_without_boxes_are_kept_or_left_out(tmp_path: Path) -> None:
