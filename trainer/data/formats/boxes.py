@@ -139,6 +139,15 @@ def _truth(read: Annotations, boxes: np.ndarray, known: np.ndarray, image_of: np
     return rows, np.bincount(image_of[known], minlength=len(read.counts))
 
 
+def as_listed(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes [M, 4] (x1, y1, x2, y2), labels, crowd and areas [M] for a file that others read: they judge boxes anew, and
+    score those of the file that the sample came from."""
+    if "truth" not in sample:
+        return sample["boxes"], sample["labels"], sample["crowd"], sample["area"]
+    corner, sides, rest = np.split(sample["truth"], [2, 4], axis=1)
+    return np.concatenate([corner, corner + sides], axis=1), *rest.T
+
+
 def _judge(boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Which boxes have which defect, [M] bool each; a box has at most one."""
     with np.errstate(invalid="ignore"):
