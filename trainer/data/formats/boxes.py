@@ -29,10 +29,12 @@ MEANING = {
     "unknown_image": "belong to an image that is not listed",
     "missing_image": "images are listed but not there",
     "unreadable_image": "images cannot be read",
-    "odd_channels": "arrays have another number of channels than the others, and are replaced when their turn comes",
+    "odd_channels": "arrays have another number of channels than dataset.channels, and are replaced (in validation: left out) when their turn comes",
+    "unlabelled": "images have no label file, and are taken as examples of nothing",
     "crowd": "mark crowds (left out of training, ignored in validation)",
     "empty": "images show no object",
 }
+OF_IMAGES = ("missing_image", "unreadable_image", "odd_channels", "unlabelled", "empty")  # the others are of boxes
 HARMLESS = ("crowd", "empty")  # said, and no reason to refuse the data
 
 
@@ -181,7 +183,7 @@ def report(defects: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each kind of defect."""
     lines = []
     for kind, found in defects.items():
-        what = MEANING[kind] if kind in ("missing_image", "unreadable_image", "odd_channels", "empty") else f"boxes {MEANING[kind]}"
+        what = MEANING[kind] if kind in OF_IMAGES else f"boxes {MEANING[kind]}"
         names = ", ".join(found["images"])
         lines.append(f"  {found['count']} {what}: {names}{' …' if found['count'] > len(found['images']) else ''}")
     return lines
