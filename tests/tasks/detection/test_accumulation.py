@@ -35,12 +35,15 @@ class Record:
     def __init__(self) -> None:
         self.first: Detection | None = None  # with the weights of the beginning
         self.batches: list[dict[str, Any]] = []
+        self.terms: list[dict[str, Tensor]] = []  # of the loss, by batch
         self.gradients: dict[str, Tensor] = {}
 
     def step(self, task: Detection, batch: dict[str, Any], progress: Progress) -> Any:
         self.first = self.first or copy.deepcopy(task)
         self.batches.append({name: copy.deepcopy(batch[name]) for name in ("image", "size", "boxes", "labels", "index")})
-        return Detection_training_step(task, batch, progress)
+        output = Detection_training_step(task, batch, progress)
+        self.terms.append(dict(output.metrics))
+        return output
 
     def update(self, task: Detection, _: Progress) -> None:
         self.gradients = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
