@@ -13,8 +13,6 @@ from trainer.launch.compose import checked, compose
 from trainer.mit import MixTransformer
 
 STRIDES = (4, 8, 16, 32)
-HEADLESS = 17.1e6  # what feature pyramid, proposals and box head add to the encoders of the published table
-PUBLISHED = {"mit_b0": 27.8e6, "mit_b1": 60.0e6, "mit_b2": 82.1e6, "mit_b4": 155.4e6, "mit_b5": 196.6e6}
 RENAMED = [  # transformers' names -> ours, in this order
     (r"patch_embeddings\.proj", "patches.proj"),
     (r"patch_embeddings\.layer_norm", "patches.norm"),
@@ -45,27 +43,22 @@ def renamed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_equal_to_transformers_in_parameters_and_with_the_same_weights_in_output(name):
     transformers = pytest.importorskip("transformers")
     depths, widths = VARIANTS[name]
-    config = transformers.SegformerConfig(depths=list(depths), hidden_sizes=list(widths))
-    with torch.device("meta") if name not in ("mit_b0", "mit_b2") else torch.device("cpu"):
-        theirs, ours = transformers.SegformerModel(config).eval(), MixTransformer(depths, widths).eval()
+    with torch.device("meta"):  # drawing 80 million weights twice would take longer than using them
+        theirs = transformers.SegformerModel(transformers.SegformerConfig(depths=list(depths), hidden_sizes=list(widths))).eval()
+        ours = MixTransformer(depths, widths).eval()
+    theirs.to_empty(device="cpu")
+    g = torch.Generator().manual_seed(0)
+    for name_, parameter in theirs.named_parameters():  # scales of norms too are other than one
+        torch.nn.init.normal_(parameter, float(parameter.ndim == 1 and name_.endswith("weight")), 0.03, generator=g)
     state = renamed(theirs.state_dict())
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in ours.state_dict().items()}
-    if name not in ("mit_b0", "mit_b2"):  # the others differ in depth alone
-        return
-    ours.load_state_dict(state, strict=True)
-    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    ours.load_state_dict(state, strict=True, assign=True)
+    images = torch.rand(2, 3, 64, 96, generator=g)
     with torch.no_grad():
         expected = theirs(images, output_hidden_states=True).hidden_states
         for map_, other in zip(ours.maps(images), expected, strict=True):
+            assert other.std() > 0.01, "something goes through"
             torch.testing.assert_close(map_, other, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_two_streams_have_the_published_number_of_parameters(name):
-    with torch.device("meta"):
-        network = FusedPyramid(*VARIANTS[name], STRIDES, in_channels=5, drop_path_rate=0.1)
-    count = sum(p.numel() for p in network.parameters()) + HEADLESS
-    assert count == pytest.approx(PUBLISHED[name], rel=0.02)
 
 
 def test_each_stream_hears_the_other_and_every_parameter_learns():
