@@ -117,6 +117,22 @@ def test_a_sample_is_a_function_of_its_key():
     assert not torch.equal(first["image"], other["image"])
 
 
+def test_distorted_colours_leave_boxes_alone_and_depend_on_the_key():
+    plain, distorted = augmentation(train=True), augmentation(train=True, distortion=0.5)
+    a, b = (augment.sample(scene(120, 80, [[10, 8, 50, 36]]), SampleRandom(3)) for augment in (plain, distorted))
+    np.testing.assert_array_equal(a["boxes"], b["boxes"])
+    keys = torch.arange(40)
+
+    def coloured(augment: Boxed, keys: torch.Tensor) -> torch.Tensor:
+        return augment.batch({"image": torch.as_tensor(b["image"]).expand(len(keys), -1, -1, -1), "key": keys, "index": keys})["image"]
+
+    before, after = coloured(plain, keys), coloured(distorted, keys)
+    assert 30 < int((before != after).flatten(1).any(1).sum()) <= 40
+    torch.testing.assert_close(coloured(distorted, keys[7:9]), after[7:9], atol=1e-5, rtol=0)
+    validation = augmentation(train=False, distortion=0.5)
+    assert torch.equal(coloured(validation, keys), coloured(augmentation(train=False), keys))
+
+
 def test_several_sizes_are_drawn_and_the_last_one_validates():
     sides = [20, 30, 40]
     augment = augmentation(train=True, shorter_side=sides)

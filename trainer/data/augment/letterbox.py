@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.augment import colour as colours
 from trainer.data.augment import mixing
 from trainer.data.augment.geometry import CLIPPED, Box, decoded, random_crop, resize, size_of
 from trainer.data.augment.mosaic import TILES, Plan, Tile, objects_of
@@ -99,7 +100,8 @@ class Boxed(Standard):
     cfg: Letterbox
 
     def __init__(self, cfg: Letterbox, dataset: DatasetConfig, *, train: bool) -> None:
-        super().__init__(cfg, dataset, train=train)
+        colour = partial(colours.distort, probability=cfg.distortion) if cfg.distortion else None
+        super().__init__(cfg, dataset, train=train, colour=colour)
         self.sides, self.jitter, self.min_visible = cfg.shorter_side, cfg.jitter, cfg.min_visible
 
     def sample(self, sample: Sample, random: SampleRandom) -> dict[str, Any]:
