@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 
 import pytest
+import timm
 import torch
 
 from trainer.config.mit import VARIANTS
 from trainer.fusion import FusedPyramid
-from trainer.launch.compose import checked, compose
+from trainer.launch.compose import checked, compose, compose_run
 from trainer.mit import MixTransformer
+from trainer.run import train
+from trainer.rundir import RunDirectory
+from trainer.task import Batch, Progress, StepOutput, Task
 
 STRIDES = (4, 8, 16, 32)
 RENAMED = [  # transformers' names -> ours, in this order
@@ -71,6 +75,37 @@ def test_each_stream_hears_the_other_and_every_parameter_learns():
     assert images.grad is not None
     assert (images.grad.abs().sum((0, 2, 3)) > 0).all(), "every channel is looked at"
     assert [n for n, p in network.named_parameters() if p.grad is None] == []
+
+
+SHORT = ["model=mit_b0", "loop.batch_size=8", "loop.epochs=null", "loop.steps=1", "loop.progress=none", "logger.plots=false", "dataset.num_workers=0",
+         "loop.max_validation_batches=1", "dataset.image_size=64", "scheduler.warmup_epochs=0", "optimizer.lr=0.01"]  # fmt: skip
+TASKS = {
+    "classification": [],
+    "kd": ["task=kd", "task.teacher=timm:test_resnet@{weights}", "task.teacher_size=32"],
+    "dino": ["task=dino", "augmentation.local_size=32", "augmentation.local_crops=1", "task.out_dim=16", "task.hidden_dim=16",
+             "task.bottleneck_dim=8", "loop.max_reference_images=16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_serves_other_tasks(task, tmp_path):
+    """A step, in which every parameter learns, and a validation."""
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "weights.pt")
+    overrides = [text.format(weights=tmp_path / "weights.pt") for text in TASKS[task]]
+    first: dict[str, torch.Tensor] = {}
+    forward = Task.forward
+
+    def remembered(made: Task, batch: Batch, progress: Progress) -> StepOutput:
+        found = {n: p.detach().clone() for n, p in made.named_parameters() if p.requires_grad and ".stages." in n}
+        first.update({n: p for n, p in found.items() if n not in first})
+        return forward(made, batch, progress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "forward", remembered)
+        done = train(compose_run(*SHORT, *overrides), RunDirectory(tmp_path / "run"))
+    assert done["steps"] == 1 and any(name.startswith("val/") for name in done["last"])
+    after = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["task"]
+    assert len(first) > 100 and [n for n, weights in first.items() if torch.equal(weights, after[n])] == []
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ BACKBONES: dict[str, tuple[ModelConfig, int]] = {  # with the channels of the im
     "vit of finer patches": (TimmModel(name="test_vit", patch_size=8), 3),
     "swin": (TimmModel(name="swin_tiny_patch4_window7_224", args=SWIN), 3),
     "torchvision": (TorchvisionModel(name="mobilenet_v3_small"), 3),
+    "torchvision's swin": (TorchvisionModel(name="swin_t"), 3),  # whose maps have channels last
     "mit": (MitModel(name="mit_b0"), 3),
     "two streams": (MitModel(name="mit_b0", fusion="cross_attention"), 5),
 }
