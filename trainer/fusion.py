@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.mit import HEADS, STRIDES, MixTransformer, depths_of
-from trainer.pyramid import Pyramid
+from trainer.pyramid import Pyramid, layers_of
 
+JOINTS = ("rectify.", "fuse.")  # prefixes of what stands between the streams, stage by stage
 RGB = 3  # channels of the first stream; the second takes the others
 
 
@@ -127,4 +128,11 @@ class FusedPyramid(Pyramid):
     def depths(self) -> dict[str, int]:
         found = {f"{name}.{n}": depth for name in ("rgb", "x") for n, depth in depths_of(self.get_submodule(name)).items()}
         # What joins the streams at a stage belongs to it.
-        return found | {n: int(n.split(".")[1]) + 1 for n in self.state_dict() if n.startswith(("rectify.", "fuse."))}
+        return found | {n: int(n.split(".")[1]) + 1 for n in self.state_dict() if n.startswith(JOINTS)}
+
+    def layers(self) -> dict[str, int]:
+        own = layers_of(self.rgb)  # the two are built alike
+        found = {f"{stream}.{name}": layer for stream in ("rgb", "x") for name, layer in own.items()}
+        # What joins the streams at a stage is as far up as its last block.
+        tops = [max(layer for name, layer in own.items() if name.startswith(f"stages.{i}.")) for i in range(len(self.fuse))]
+        return found | {n: tops[int(n.split(".")[1])] for n, _ in self.named_parameters() if n.startswith(JOINTS)}

@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 
 from trainer.config.mit import VARIANTS
 from trainer.errors import ConfigError, Problem
-from trainer.pyramid import Pyramid
+from trainer.pyramid import Pyramid, layers_of
 
 if TYPE_CHECKING:
     from trainer.config.mit import MitModel
@@ -198,6 +198,9 @@ class MitPyramid(Pyramid):
 
     def depths(self) -> dict[str, int]:
         return {f"net.{name}": depth for name, depth in depths_of(self.net).items()}
+
+    def layers(self) -> dict[str, int]:
+        return {f"net.{name}": layer for name, layer in layers_of(self.net).items()}
 
 
 def depths_of(net: nn.Module) -> dict[str, int]:

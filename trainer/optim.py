@@ -21,7 +21,8 @@ from trainer import adamw
 from trainer.config.names import nearest
 from trainer.config.optimizer import OptimizerConfig, ParamRule
 from trainer.errors import ConfigError, Problem
-from trainer.parts import heads
+from trainer.parts import backbone_parameters
+from trainer.pyramid import Pyramid, layers_of
 
 if TYPE_CHECKING:
     from trainer.config.optimizer import AdamW, TimmOptimizer
@@ -52,7 +53,7 @@ def parameter_groups(
         if own is not None:
             rules.setdefault(name, own)
     scales = layer_scales(module, cfg.layer_decay)
-    head, backbone = _backbone(module, cfg)
+    backbone, factor = _backbone(module, cfg)
     spared = set(_spared(module, cfg))
     peak = cfg.scaled_lr(batch_size)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -62,7 +63,7 @@ def parameter_groups(
             parameter.requires_grad_(False)
         if not parameter.requires_grad:
             continue
-        lr = peak * scales.get(name, 1.0) * rule.lr_factor * (1.0 if name.startswith(head) else backbone)
+        lr = peak * scales.get(name, 1.0) * rule.lr_factor * (factor if name in backbone else 1.0)
         weight_decay = rule.weight_decay
         if weight_decay is None:
             weight_decay = 0.0 if name in spared else cfg.weight_decay
@@ -95,15 +96,15 @@ def _match_rules(module: nn.Module, cfg: OptimizerConfig) -> dict[str, ParamRule
     return taken
 
 
-def _backbone(module: nn.Module, cfg: OptimizerConfig) -> tuple[tuple[str, ...], float]:
-    """Prefixes of the head's parameters, and the factor on the learning rate of all others."""
+def _backbone(module: nn.Module, cfg: OptimizerConfig) -> tuple[set[str], float]:
+    """Names of the backbone's parameters, and the factor on their learning rate."""
     if cfg.backbone_lr is None:
-        return (), 1.0
-    head = heads(module)
-    if not head:
+        return set(), 1.0
+    names = backbone_parameters(module)
+    if not names:
         reason = f"no network in {type(module).__name__} has a head that could be told from the rest"
         raise ConfigError(Problem("optimizer.backbone_lr", cfg.backbone_lr, reason, "optimizer.rules=[{pattern: ..., lr_factor: ...}]"))
-    return head, cfg.backbone_lr / cfg.lr
+    return names, cfg.backbone_lr / cfg.lr
 
 
 def _close_to(pattern: str, names: list[str]) -> str:
@@ -137,27 +138,26 @@ def _spared(module: nn.Module, cfg: OptimizerConfig) -> Iterator[str]:
 def layer_scales(module: nn.Module, decay: float | None) -> dict[str, float]:
     """Factor on each parameter's learning rate: decay ** (L + 1 - id), id 0 for the embedding, i + 1 for block i, L + 1 for
     the head (arXiv:2106.08254, app. C; MAE, arXiv:2111.06377, app. A.2). Networks tell their layers by `group_matcher`,
-    as timm's do; what belongs to none (a task's own head) is as far up as can be, 1."""
+    as timm's do; what belongs to none (a task's own head) is as far up as can be, 1. Above the last layer of a pyramid,
+    which has no head, is the detector (ViTDet, arXiv:2203.16527, app. A.3)."""
     if decay is None:
         return {}
     networks = list(_networks_with_layers(module, ""))
     if not networks:
         reason = f"no network in {type(module).__name__} tells its layers (group_matcher, as timm's networks have it)"
         raise ConfigError(Problem("optimizer.layer_decay", decay, reason, "optimizer.layer_decay=null"))
-    from timm.models import group_parameters
-
     scales: dict[str, float] = {}
     for prefix, network in networks:
-        matcher: Any = network.group_matcher
-        layer_of: dict[str, Any] = group_parameters(network, matcher(coarse=False), reverse=True)  # name -> id
-        top = max(layer_of.values())
+        headless = isinstance(network, Pyramid)
+        layer_of = network.layers() if headless else layers_of(network)
+        top = max(layer_of.values()) + headless
         scales |= {prefix + name: decay ** (top - layer) for name, layer in layer_of.items()}
     return scales
 
 
 def _networks_with_layers(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost modules that have a `group_matcher`."""
-    if hasattr(module, "group_matcher"):
+    """The outermost modules that have a `group_matcher`, or are made of such."""
+    if hasattr(module, "group_matcher") or isinstance(module, Pyramid):
         yield prefix, module
         return
     for name, child in module.named_children():

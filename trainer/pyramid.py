@@ -43,6 +43,11 @@ class Pyramid(nn.Module):
         """How far up each parameter and buffer is: 0 for the stem, then stage by stage (a network of patches: block by block)."""
         raise NotImplementedError
 
+    def layers(self) -> dict[str, int]:
+        """The same of the parameters, as finely as the network tells it: timm's networks block by block, torchvision's by stages."""
+        depths = self.depths()
+        return {name: depths[name] for name, _ in self.named_parameters()}
+
 
 class TimmPyramid(Pyramid):
     """A network of timm's, by its intermediate maps.
@@ -74,6 +79,17 @@ class TimmPyramid(Pyramid):
         found = {f"net.{name}": int(layer) for name, layer in layers.items()}
         # Running statistics go with the weights beside them.
         return found | {f"net.{n}": of_module.get(n.rpartition(".")[0], max(found.values())) for n, _ in self.net.named_buffers()}
+
+    def layers(self) -> dict[str, int]:
+        return {f"net.{name}": layer for name, layer in layers_of(self.net).items()}
+
+
+def layers_of(net: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, from 0 on, of a network that tells its layers in timm's form (`group_matcher`)."""
+    from timm.models import group_parameters
+
+    layers: Any = group_parameters(net, cast(Any, net).group_matcher(coarse=False), reverse=True)  # name -> layer
+    return {name: int(layer) for name, layer in layers.items()}
 
 
 def timm_pyramid(cfg: TimmModel, strides: Sequence[int], *, image_size: int, in_channels: int) -> Pyramid:

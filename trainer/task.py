@@ -123,6 +123,7 @@ class Task(nn.Module, ABC):
     main_metric = "val/loss"  # decides `best` unless loop.best_metric says otherwise
     higher_is_better = False
     held: Sequence[nn.Module] = ()  # frozen parts, which stay in evaluation mode while the rest trains
+    backbone_name: str | None = None  # dotted, of the submodule below a task's own layers; None = the network, whose library tells its head
 
     @abstractmethod
     def training_step(self, batch: Batch, progress: Progress, /) -> StepOutput: ...

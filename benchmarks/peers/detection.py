@@ -166,8 +166,10 @@ def results(count: int = 1000, most: int = 100, objects: int = 7) -> list[tuple[
         true = boxes(objects)
         found = np.concatenate([true + random.normal(0, 2, true.shape), boxes(most - objects)])
         labels, scores = random.integers(0, 80, most), np.sort(random.random(most))[::-1].copy()
-        area = (true[:, 2:] - true[:, :2]).prod(1)
-        pairs.append((Truth(true, labels[:objects], np.zeros(objects, bool), area), Found(found, labels, scores)))
+        sides = true[:, 2:] - true[:, :2]
+        pairs.append(
+            (Truth(np.hstack([true[:, :2], sides]), labels[:objects], np.zeros(objects, bool), sides.prod(1)), Found(found, labels, scores))
+        )
     return pairs
 
 
@@ -197,7 +199,7 @@ def backend(name: str) -> Callable[[], float]:
 
     def score() -> None:
         truth = [
-            {"image_id": i, "category_id": int(k), "bbox": _xywh(b), "area": float(a), "iscrowd": 0}
+            {"image_id": i, "category_id": int(k), "bbox": b, "area": float(a), "iscrowd": 0}
             for i, (t, _) in enumerate(pairs) for b, k, a in zip(t.boxes.tolist(), t.labels, t.area)
         ]  # fmt: skip
         found = [

@@ -19,17 +19,18 @@ import numpy as np
 class Truth:
     """The objects of one image."""
 
-    boxes: np.ndarray  # float64 [M, 4], (x1, y1, x2, y2) in the file's own pixels
+    boxes: np.ndarray  # float64 [M, 4], (x, y, width, height) in the file's own pixels
     labels: np.ndarray  # int64 [M], place in the list of classes
     crowd: np.ndarray  # bool [M]
     area: np.ndarray  # float64 [M], pixels; COCO's is that of the outline
+    image_id: int = 0  # detections of equal confidence are ranked in the order of their images' ids
 
 
 @dataclass(frozen=True)
 class Found:
     """What a detector says of one image."""
 
-    boxes: np.ndarray  # float64 [D, 4]
+    boxes: np.ndarray  # float64 [D, 4], (x1, y1, x2, y2)
     labels: np.ndarray  # int64 [D]
     scores: np.ndarray  # float64 [D]
 
@@ -44,6 +45,8 @@ def coco_scores(
     Args:
         backend: "faster_coco_eval" or "pycocotools".
     """
+    order = sorted(range(len(truths)), key=lambda i: truths[i].image_id)
+    truths, found = [truths[i] for i in order], [found[i] for i in order]
     coco, evaluate = _backend(backend)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its tables
         truth, detections = coco(), coco()
@@ -78,12 +81,10 @@ def _backend(name: str) -> tuple[Any, Any]:
 def _dataset(truths: Sequence[Truth], num_classes: int) -> dict[str, Any]:
     annotations: list[dict[str, Any]] = []
     for image, truth in enumerate(truths):
-        for (x1, y1, x2, y2), label, crowd, area in zip(
-            truth.boxes.tolist(), truth.labels.tolist(), truth.crowd.tolist(), truth.area.tolist()
-        ):
+        for box, label, crowd, area in zip(truth.boxes.tolist(), truth.labels.tolist(), truth.crowd.tolist(), truth.area.tolist()):
             # Ids begin at 1: 0 would read as "matched nothing".
             annotations.append({
-                "id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "id": len(annotations) + 1, "image_id": image, "category_id": label, "bbox": box,
                 "area": area, "iscrowd": int(crowd), "ignore": int(crowd),
             })  # fmt: skip
     return {

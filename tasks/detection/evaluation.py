@@ -53,10 +53,9 @@ class CocoEvaluator:
             height, width = batch["source_size"][i]
             (h, w), result = batch["size"][i], found[i]
             factor = torch.tensor([width / w, height / h] * 2, dtype=torch.float64, device=result["boxes"].device)
+            truth = _array(batch["truth"][i], np.float64)  # x, y, width, height, label, crowd, area
             self.results[index] = (
-                Truth(*(_array(batch[name][i], kind) for name, kind in (
-                    ("source_boxes", np.float64), ("labels", np.int64), ("crowd", np.bool_), ("area", np.float64),
-                ))),
+                Truth(truth[:, :4], truth[:, 4].astype(np.int64), truth[:, 5].astype(bool), truth[:, 6], int(batch["image_id"][i])),
                 Found(_array(result["boxes"].double() * factor, np.float64), _array(result["labels"], np.int64) - self.offset, _array(result["scores"], np.float64)),
             )  # fmt: skip
 

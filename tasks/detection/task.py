@@ -25,6 +25,7 @@ class Detection(Task):
     """
 
     main_metric = "val/map"
+    backbone_name = "model.detector.backbone.body"  # what is above it, the pyramid of features too, is the detector's own
     higher_is_better = True
 
     def __init__(self, model: Detector, cfg: DetectionConfig, classes: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> None:

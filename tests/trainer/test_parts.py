@@ -12,10 +12,12 @@ import torchvision
 from torch import nn
 
 from tests.test_exact import MODELS, assert_same_run, last, run, stop_after
+from trainer.build import build_data, build_task
 from trainer.config import LoopConfig
+from trainer.config.optimizer import AdamW, LrScaling
 from trainer.errors import ConfigError, Stopped
 from trainer.evaluation import Mean
-from trainer.launch.compose import checked, compose
+from trainer.launch.compose import checked, compose, compose_run
 from trainer.optim import parameter_groups
 from trainer.parts import freeze, heads
 from trainer.task import Batch, Evaluator, Progress, StepOutput, Task
@@ -143,8 +145,6 @@ def test_settings_that_contradict_are_refused(overrides, key):
 
 
 def test_a_backbones_own_learning_rate():
-    from trainer.config.optimizer import AdamW, LrScaling
-
     toy = vit()
     head = {toy.model.head.weight, toy.model.head.bias}
     for scaling, batch in ((LrScaling.none, 256), (LrScaling.linear, 512)):
@@ -162,6 +162,20 @@ def test_a_backbones_own_learning_rate():
 def test_the_head_of_a_network_inside_a_task():
     assert heads(resnet()) == ("model.fc.",)
     assert heads(torchvision.models.resnet18()) == ("fc.",)
+
+
+@pytest.mark.parametrize("overrides", [[], ["task=kd", "task.teacher=timm:test_resnet@{weights}", "task.teacher_size=32"], ["task=dino"],
+                                       ["task=part_discovery", "dataset=digit_parts"]], ids=["classification", "kd", "dino", "part_discovery"])  # fmt: skip
+def test_a_task_that_names_no_backbone_leaves_its_head_to_the_library(overrides, tmp_path):
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), tmp_path / "weights.pt")
+    task_of = [text.format(weights=tmp_path / "weights.pt") for text in overrides]
+    cfg = compose_run("model=timm", "model.name=test_vit", "model.patch_size=8", "dataset.image_size=64", *task_of)
+    task = build_task(cfg, build_data(cfg), torch.device("cpu"), 1)
+    assert task.backbone_name is None
+    groups = parameter_groups(task, AdamW(lr=1e-2, weight_decay=0.05, backbone_lr=1e-4), 64)
+    rate = {p: group["lr"] for group in groups for p in group["params"]}
+    expected = {p: 1e-2 if n.startswith(heads(task)) else 1e-4 for n, p in task.named_parameters() if p in rate}
+    assert heads(task) and rate == pytest.approx(expected)
 
 
 KINDS = {

@@ -47,7 +47,17 @@ class Letterbox(AugmentationConfig):
     mosaic_epochs: int | None = setting(
         None, "mosaics in this many epochs from the beginning, none in those that come last; null = in all", ge=0
     )
+    distortion: float = setting(
+        0.0,
+        "training: probability of each step of SSD's photometric distortion, brightness, contrast, saturation, hue and the order of channels (torchvision's RandomPhotometricDistort, which has 0.5; arXiv:1512.02325, sec. 2.2)",
+        ge=0,
+        le=1,
+    )
     min_visible: float = setting(0.25, "an object of which a crop leaves less than this fraction of its area is dropped", ge=0, le=1)
+
+    @property
+    def changes_colour(self) -> bool:
+        return super().changes_colour or self.distortion > 0
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -113,7 +113,7 @@ class LoopConfig:
 
     freeze_to: str | None = setting(
         None,
-        "what does not train: the network up to and including this part of it, as layer2 or blocks.5; this many stages from its input; or backbone, all but the head. Frozen parts stay in evaluation mode",
+        "what does not train: the network up to and including this part of it, as layer2 or blocks.5; this many stages from its input; or backbone, all but the head. Under a detector, parts and stages are the backbone's. Frozen parts stay in evaluation mode",
     )
     freeze: list[str] = setting([], "regular expressions of further parameters that do not train, searched in their dotted names")
     freeze_batchnorm: bool = setting(False, "batch normalisation keeps the statistics and scales it has, everywhere")

@@ -55,7 +55,9 @@ class OptimizerConfig:
     layer_decay: float | None = setting(
         None, "learning rate falls by this factor per layer from the head down (arXiv:2106.08254); null = off", gt=0, le=1
     )
-    backbone_lr: float | None = setting(None, "peak learning rate of all but the network's head, instead of lr; null = lr", gt=0)
+    backbone_lr: float | None = setting(
+        None, "peak learning rate of all but the network's head (under a detector: of its backbone), instead of lr; null = lr", gt=0
+    )
     no_decay: list[str] = setting(
         [r"(^|[._])bias(es)?$", r"tokens?_?\d*$", r"pos(ition)?_?emb(ed|edding)?s?(_\w+)?$", r"rel(ative)?_pos\w*$"],
         "regular expressions of parameters spared from weight decay, besides norms, everything with fewer than two dimensions and what the network itself spares",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RAGGED = frozenset({"boxes", "labels", "crowd", "area"})
+RAGGED = frozenset({"boxes", "labels", "crowd", "area", "truth"})
 """Fields with as many rows as a sample has objects: lists of tensors in a batch. All others have one shape and are stacked."""
 
 OTHERS = 0x07E5  # what a key is folded for, to draw the samples that join another

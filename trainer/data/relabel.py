@@ -14,6 +14,7 @@ from trainer.config.names import nearest
 from trainer.data.source import Sample, Source, Subset
 from trainer.errors import ConfigError, Problem
 
+LABEL = 4  # its column in `truth`
 _SHOWN = 6  # names in a message
 
 
@@ -38,6 +39,9 @@ class Relabelled:
             sample["label"] = int(self.place[sample["label"]])
         if "labels" in sample:
             sample["labels"] = self.place[sample["labels"]]
+        if "truth" in sample:
+            sample["truth"] = sample["truth"].copy()
+            sample["truth"][:, LABEL] = self.place[sample["truth"][:, LABEL].astype(np.int64)]
         if self.real is not None:
             sample["real"] = np.zeros(len(self.classes), dtype=np.uint8)
             sample["real"][list(self.real[index])] = 1

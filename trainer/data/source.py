@@ -16,6 +16,8 @@ image     PIL.Image in mode RGB, or ndarray [H, W, C] where there are other than
 label     int, place in `Source.classes`
 boxes     float32 [M, 4], (x1, y1, x2, y2) in pixels; M may be 0. With it `labels` int64 [M] and `crowd` bool [M]
           (regions of many objects, in validation only), `area` float32 [M] in pixels, `image_id` int
+truth     float64 [M', 7], in validation, what found boxes are scored against: x, y, width and height as the file has them, in
+          pixels, label, crowd (0 or 1) and area; also of objects that `boxes` has mended or left out. Without it: of `boxes`
 box       float32 [4], the one object of a fine-grained photo, in pixels
 parts     float32 [P, 3], (x, y, visible) of each named part, in pixels; visible is 0 or 1
 mask      uint8 [H, W], 0 = background; what other values mean is the format's

@@ -19,7 +19,7 @@ from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
 from trainer.errors import ConfigError, Problem
 from trainer.launch.compose import checked, compose
 from trainer.pyramid import Pyramid
-from trainer.task import Progress
+from trainer.task import DataInfo, Progress
 
 SIZE = 64
 SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}
@@ -31,6 +31,7 @@ BACKBONES: dict[str, tuple[ModelConfig, int]] = {  # with the channels of the im
     "vit of finer patches": (TimmModel(name="test_vit", patch_size=8), 3),
     "swin": (TimmModel(name="swin_tiny_patch4_window7_224", args=SWIN), 3),
     "torchvision": (TorchvisionModel(name="mobilenet_v3_small"), 3),
+    "torchvision's swin": (TorchvisionModel(name="swin_t"), 3),  # whose maps have channels last
     "mit": (MitModel(name="mit_b0"), 3),
     "two streams": (MitModel(name="mit_b0", fusion="cross_attention"), 5),
 }
@@ -187,6 +188,19 @@ def test_weights_of_a_classifier_fit_the_backbone(tmp_path):
         assert len(account.loaded) == len(own), account
         first: Tensor = next(iter(own.values()))
         assert any(first.shape == v.shape and torch.equal(first, v) for v in network.state_dict().values())
+
+
+PUBLISHED = {"mit_b0": 27.8e6, "mit_b1": 60.0e6, "mit_b2": 82.1e6, "mit_b4": 155.4e6, "mit_b5": 196.6e6}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_detectors_of_the_sweep_over_backbones_have_the_published_number_of_parameters(name):
+    cfg, problems = checked(compose(["experiment=all_backbones", f"model={name}", "dataset.path=."]))
+    assert cfg is not None and "dataset" in {p.key.partition(".")[0] for p in problems}, "nothing but the data is missing"
+    run: Any = cfg
+    with torch.device("meta"):
+        task = run.task.build(run, DataInfo(1, 1, ["person", "car"], 5, 1.0, 1))
+    assert sum(p.numel() for p in task.parameters()) == pytest.approx(PUBLISHED[name], rel=0.02)
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ def image(i: int) -> tuple[Truth, Found]:
     count = 0 if i % 3 == 0 else int(random.integers(1, 7))
     true = boxes(random, count)
     area = (true[:, 2:] - true[:, :2]).prod(1) * random.uniform(0.5, 1, count)
-    truth = Truth(true, random.integers(0, 2, count), random.random(count) < 0.15, area)
+    sides = true[:, 2:] - true[:, :2]
+    truth = Truth(np.hstack([true[:, :2], sides]), random.integers(0, 2, count), random.random(count) < 0.15, area, i)
     near = true + random.normal(0, 3, true.shape)
     near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
     noise = int(random.integers(0, 120))  # more than the hundred that count
@@ -73,12 +74,11 @@ def oracle(images: list[Tensor]) -> list[dict[str, Tensor]]:
 def batch(indices: list[int]) -> dict[str, Any]:
     """Images at half of the files' size, as a loader would give them."""
     truths = [image(i)[0] for i in indices]
-    tensors: dict[str, Any] = {name: [torch.tensor(getattr(t, name)) for t in truths] for name in ("labels", "crowd", "area")}
-    source = [torch.tensor(t.boxes) for t in truths]
+    rows = [torch.tensor(np.column_stack([t.boxes, t.labels, t.crowd, t.area])) for t in truths]
     return {
         "image": torch.tensor(indices, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 64, 64), "index": torch.tensor(indices),
         "size": [(32 + i % 3, 64) for i in indices], "source_size": [(2 * (32 + i % 3), 128) for i in indices],
-        "source_boxes": source, "boxes": [b / 2 for b in source], **tensors,
+        "truth": rows, "image_id": torch.tensor(indices), "boxes": [torch.cat([r[:, :2], r[:, :2] + r[:, 2:4]], 1) / 2 for r in rows],
     }  # fmt: skip
 
 

@@ -111,15 +111,20 @@ def test_five_channels_resumed_and_best_by_training_loss(model, tmp_path, monkey
 SETS = ["+task.args.encoder_layers=1", "+task.args.decoder_layers=2", "+task.args.num_queries=10"]
 ON_RANKS = {
     "ssdlite": ["task.detector=ssdlite"],
+    "faster_rcnn": FEW,
+    "faster_rcnn_v2": ["task.detector=faster_rcnn_v2", *FEW],
+    "retinanet": ["task.detector=retinanet"],
+    "retinanet_v2": ["task.detector=retinanet_v2"],
+    "fcos": ["task.detector=fcos"],
     "detr": ["task.detector=detr", *SETS],
     "deformable_detr": ["task.detector=deformable_detr", *SETS],
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "ssdlite" else pytest.mark.slow) for name in ON_RANKS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("ssdlite", "faster_rcnn") else pytest.mark.slow) for n in ON_RANKS])
 def test_two_ranks_score_every_image_and_killed_they_end_in_the_same_bits(name, tmp_path):
     """All parameters take part in every rank's step, in mosaics too, and every image is scored once."""
-    if name != "ssdlite":
+    if "detr" in name:
         pytest.importorskip("transformers")
     overrides = [*SHORT, *RESNET, *SCENES[:2], "augmentation.mosaic=0.5", "loop.max_validation_batches=null", "loop.validate_every=3",
                  "loop.checkpoint_every_steps=1", *ON_RANKS[name]]  # fmt: skip

@@ -87,7 +87,8 @@ def test_validation_shows_the_whole_image_and_keeps_the_files_own_boxes():
     out = augment.sample(dict(sample), SampleRandom(0))
     assert out["size"] == (43, 64)
     assert out["source_size"] == (80, 120)
-    np.testing.assert_array_equal(out["source_boxes"], sample["boxes"])
+    np.testing.assert_array_equal(out["truth"][:, :4], [[0, 0, 120, 80], [70, 30, 1, 1]])
+    np.testing.assert_array_equal(out["truth"][:, 4:], np.column_stack([sample["labels"], sample["crowd"], sample["area"]]))
     assert len(out["boxes"]) == 2
     np.testing.assert_allclose(out["boxes"][0], [0, 0, 64, 43], atol=1e-4)
 
@@ -114,6 +115,22 @@ def test_a_sample_is_a_function_of_its_key():
     first, again, other = (augment.sample(scene(120, 80, [[10, 8, 50, 36]]), SampleRandom(key)) for key in (3, 3, 4))
     assert torch.equal(first["image"], again["image"])
     assert not torch.equal(first["image"], other["image"])
+
+
+def test_distorted_colours_leave_boxes_alone_and_depend_on_the_key():
+    plain, distorted = augmentation(train=True), augmentation(train=True, distortion=0.5)
+    a, b = (augment.sample(scene(120, 80, [[10, 8, 50, 36]]), SampleRandom(3)) for augment in (plain, distorted))
+    np.testing.assert_array_equal(a["boxes"], b["boxes"])
+    keys = torch.arange(40)
+
+    def coloured(augment: Boxed, keys: torch.Tensor) -> torch.Tensor:
+        return augment.batch({"image": torch.as_tensor(b["image"]).expand(len(keys), -1, -1, -1), "key": keys, "index": keys})["image"]
+
+    before, after = coloured(plain, keys), coloured(distorted, keys)
+    assert 30 < int((before != after).flatten(1).any(1).sum()) <= 40
+    torch.testing.assert_close(coloured(distorted, keys[7:9]), after[7:9], atol=1e-5, rtol=0)
+    validation = augmentation(train=False, distortion=0.5)
+    assert torch.equal(coloured(validation, keys), coloured(augmentation(train=False), keys))
 
 
 def test_several_sizes_are_drawn_and_the_last_one_validates():

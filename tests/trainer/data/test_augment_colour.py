@@ -7,11 +7,12 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torchvision.transforms.v2 import RandomPhotometricDistort
 from torchvision.transforms.v2 import functional as tv
 
 from tests import thresholds
 from trainer.data.augment import colour
-from trainer.random import sample_keys
+from trainer.random import sample_keys, uniform
 
 KEYS = torch.from_numpy(sample_keys(3, 0, np.arange(3000), np.zeros(3000, np.int64)))
 IMAGES = torch.rand(12, 3, 16, 20, generator=torch.Generator().manual_seed(0))
@@ -92,6 +93,24 @@ def test_jitter_reaches_its_range_and_no_further():
     assert 0.6 <= brightness.min() < 0.61
     assert 1.39 < brightness.max() <= 1.4
     assert stats.kstest(((brightness - 0.6) / 0.8).numpy(), "uniform").pvalue > thresholds.CHANCE
+
+
+def test_photometric_distortion_is_torchvisions():
+    """With the numbers drawn for each key, put into torchvision's own transform."""
+    images, keys = IMAGES.repeat(8, 1, 1, 1), KEYS[:96]
+    u = uniform(keys, colour.DISTORTION, 11)
+    transform = RandomPhotometricDistort()
+    names = ("brightness_factor", "contrast_factor", "saturation_factor", "hue_factor")
+    ranges = (transform.brightness, transform.contrast, transform.saturation, transform.hue)
+    for image, result, v in zip(images, colour.distort(images, keys, 0.5), u.tolist(), strict=True):
+        params = {
+            n: low + (high - low) * v[4 + i] if v[i] < 0.5 else None for i, (n, (low, high)) in enumerate(zip(names, ranges, strict=True))
+        }
+        order = torch.tensor(colour.ORDERS[int(v[10] * 6)])
+        params |= {"contrast_before": v[8] < 0.5, "channel_permutation": order if v[9] < 0.5 else None}
+        torch.testing.assert_close(result, transform.transform(image, params), atol=1e-4, rtol=0)
+    torch.testing.assert_close(colour.distort(IMAGES, KEYS[:12], 0.0), IMAGES, atol=1e-6, rtol=0)
+    torch.testing.assert_close(colour.distort(images, keys, 0.5)[3:5], colour.distort(images[3:5], keys[3:5], 0.5), atol=1e-6, rtol=0)
 
 
 def test_three_augment_takes_each_third():

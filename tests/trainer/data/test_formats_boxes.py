@@ -21,6 +21,7 @@ from PIL import Image
 from trainer.data.config import CocoConfig, MultispectralConfig, VocConfig, YoloConfig
 from trainer.data.formats.boxes import Annotations, settle
 from trainer.data.formats.yolo import read_array
+from trainer.data.relabel import Relabelled
 from trainer.data.source import BadSample, Source
 from trainer.data.table import Table
 from trainer.errors import DataError
@@ -347,6 +348,26 @@ def test_unknown_categories_and_images_crowds_and_missing_files(tmp_path: Path, 
     assert all(text in str(error.value) for text in ("category", "gone.png", "id 555")) and "crowd" not in str(error.value)
 
 
+def test_what_is_scored_is_what_the_file_says(tmp_path: Path) -> None:
+    """To the last bit, in validation alone; with a network's own classes, its own labels."""
+    config = coco(tmp_path)
+    listed = [
+        box([90.1, 70.7, 30.3, 30], area=1.1),
+        box([5, 5, 0, 0], area=0, category=7),
+        box([-7.5, 3, 9, 4]),
+        box([1, math.nan, 3, 3]),
+        box([1, 1, 2, 2], category=5),
+    ]
+    coco_file(tmp_path, "val", listed)
+    val = config.build("val")
+    expected = [[90.1, 70.7, 30.3, 30, 0, 0, 1.1], [5, 5, 0, 0, 1, 0, 0], [-7.5, 3, 9, 4, 0, 0, 36]]
+    assert val[0]["truth"].dtype == np.float64 and val[0]["truth"].tolist() == expected
+    assert val[1]["truth"].shape == (0, 7)
+    assert "truth" not in config.build("train")[0]
+    other = Relabelled(val, ["x", "cell", "bird"], np.array([2, 1]))
+    assert other[0]["truth"][:, 4].tolist() == [2, 1, 2] and val[0]["truth"].tolist() == expected
+
+
 def test_images_without_boxes_are_kept_or_left_out(tmp_path: Path) -> None:
     config = coco(tmp_path, [GOOD[0]])
     assert [len(s["boxes"]) for s in whole(config.build("train"))] == [1, 0]
@@ -513,6 +534,60 @@ def test_arrays_of_another_depth_and_labels_without_an_image_are_named_at_load(
         multispectral.build("train")
     assert f"{first.name} (3 instead of" in caplog.text
     assert "nobody.txt" in caplog.text
+
+
+def test_every_array_of_both_splits_is_held_against_the_config(
+    multispectral: MultispectralConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever is the odd one: not the first array decides, and not the most in a split."""
+    images = Path(str(multispectral.path)) / "images"
+    np.save(images / "train" / "0.npy", np.load(images / "train" / "0.npy")[..., :3])  # the first
+    np.save(images / "val" / "2.npy", np.load(images / "val" / "2.npy")[..., :4])
+    assert not list(multispectral.problems()), "most have five"
+    with caplog.at_level(logging.WARNING):
+        for split in ("train", "val"):
+            multispectral.build(split)
+    assert "1 arrays have another number of channels than dataset.channels" in caplog.text and "0.npy (3 instead of 5)" in caplog.text
+    assert "2.npy (4 instead of 5)" in caplog.text
+    multispectral.channels, multispectral.mean, multispectral.std = 3, [0.5] * 3, [0.2] * 3  # what the first array has
+    (problem,) = multispectral.problems()
+    assert (problem.key, problem.fix) == ("dataset.channels", "dataset.channels=5")
+    assert "5 of 6 arrays of the train split have 5" in problem.reason and "1.npy" in problem.reason
+    assert "2 of 3 arrays of the val split have 5" in problem.reason
+    multispectral.channels, multispectral.mean, multispectral.std = 5, [0.5] * 5, [0.2] * 5
+    np.save(images / "val" / "1.npy", np.load(images / "val" / "1.npy")[..., :4])
+    (problem,) = multispectral.problems()
+    assert "2 of 3 arrays of the val split have 4" in problem.reason and problem.fix == "write both splits with as many channels"
+    multispectral.channels, multispectral.mean, multispectral.std = 3, [0.5] * 3, [0.2] * 3
+    multispectral.bad_boxes = "raise"
+    with pytest.raises(DataError, match=r"1\.npy \(5 instead of 3\)"):
+        multispectral.build("train")
+
+
+def test_images_without_a_label_file_are_named(multispectral: MultispectralConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """And learned from as examples of nothing: YOLO allows it."""
+    for name in ("2", "4"):
+        (Path(str(multispectral.path)) / "labels" / "train" / f"{name}.txt").unlink()
+    with caplog.at_level(logging.WARNING):
+        source = multispectral.build("train")
+    assert "2 images have no label file, and are taken as examples of nothing: 2.npy, 4.npy" in caplog.text
+    assert [len(source[i]["boxes"]) for i in range(6)] == [0, 1, 0, 1, 0, 1]
+    caplog.clear()
+    multispectral.build("val")
+    assert not caplog.text, "a label file that is there and empty is no mistake"
+    multispectral.bad_boxes = "raise"
+    with pytest.raises(DataError, match="2 images have no label file"):
+        multispectral.build("train")
+
+
+def test_all_images_without_an_xml_file_are_counted_and_some_named(tmp_path: Path) -> None:
+    (tmp_path / "JPEGImages").mkdir()
+    (tmp_path / "Annotations").mkdir()
+    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"i{n}\n" for n in range(25)))
+    (problem, *_) = VocConfig(path=str(tmp_path), image_size=64).problems()
+    assert "i0.xml, i1.xml" in problem.reason and "(25 in all)" in problem.reason and "names them" in problem.reason
 
 
 def test_a_split_that_shows_nothing_is_refused(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from trainer.random import uniform
 
-JITTER, GREY, ILLUMINATION, BLUR, SOLARISE, ONE_OF_THREE = range(110, 116)  # streams of a sample's numbers
+JITTER, GREY, ILLUMINATION, BLUR, SOLARISE, ONE_OF_THREE, DISTORTION = range(110, 117)  # streams of a sample's numbers
 
+DISTORTIONS = ((0.875, 1.125), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05))  # brightness, contrast, saturation, hue: torchvision's ranges
+ORDERS = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as PIL and torchvision have it
 
 
@@ -85,6 +87,21 @@ def jitter(images: Tensor, keys: Tensor, strength: list[float], probability: flo
         if strength[column]:
             images = operation(images, (1 + strength[column] * change[:, column]).clamp(min=0))
     return hue(images, strength[3] * change[:, 3]) if strength[3] else images
+
+
+def distort(images: Tensor, keys: Tensor, probability: float) -> Tensor:
+    """SSD's photometric distortion (arXiv:1512.02325, sec. 2.2), as torchvision's RandomPhotometricDistort: brightness, contrast
+    (before saturation and hue, or behind them), saturation, hue and the order of the channels, each with `probability`."""
+    u = uniform(keys, DISTORTION, 11)  # [N, 11]
+    low, high = images.new_tensor(DISTORTIONS).unbind(1)
+    values = torch.where(u[:, :4] < probability, low + (high - low) * u[:, 4:8], images.new_tensor([1.0, 1.0, 1.0, 0.0]))  # [N, 4]
+    first, neutral = u[:, 8] < 0.5, torch.ones_like(values[:, 1])
+    images = contrast(brightness(images, values[:, 0]), torch.where(first, values[:, 1], neutral))
+    images = hue(saturation(images, values[:, 2]), values[:, 3])
+    images = contrast(images, torch.where(first, neutral, values[:, 1]))
+    drawn = torch.where(u[:, 9] < probability, (u[:, 10] * len(ORDERS)).long(), 0)
+    order = torch.tensor(ORDERS, device=images.device)[drawn]  # [N, 3]
+    return images[torch.arange(len(images), device=images.device)[:, None], order]
 
 
 def grey(images: Tensor, keys: Tensor, probability: float) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.augment import colour as colours
 from trainer.data.augment import mixing
 from trainer.data.augment.geometry import CLIPPED, Box, decoded, random_crop, resize, size_of
 from trainer.data.augment.mosaic import TILES, Plan, Tile, objects_of
@@ -86,16 +87,21 @@ def drop_invisible(sample: dict[str, Any], whole: np.ndarray, min_visible: float
         sample[name] = sample[name][kept]
 
 
+def truth_of(objects: dict[str, Any]) -> np.ndarray:
+    """`truth` of a source whose boxes are what its makers meant (see trainer.data.source)."""
+    corners = objects["boxes"].astype(np.float64)
+    return np.column_stack([corners[:, :2], corners[:, 2:] - corners[:, :2], objects["labels"], objects["crowd"], objects["area"]])
+
+
 class Boxed(Standard):
     """Places each image in the upper left corner of the canvas. A sample gets `size`, the (height, width) of its picture
-    there; in validation also `source_boxes` and `source_size`, both in the file's own pixels, for scores that no resizing
-    touches."""
+    there; in validation also `truth` and `source_size`, both in the file's own pixels, for scores that no resizing touches."""
 
-    ragged = ("source_boxes",)
     cfg: Letterbox
 
     def __init__(self, cfg: Letterbox, dataset: DatasetConfig, *, train: bool) -> None:
-        super().__init__(cfg, dataset, train=train)
+        colour = partial(colours.distort, probability=cfg.distortion) if cfg.distortion else None
+        super().__init__(cfg, dataset, train=train, colour=colour)
         self.sides, self.jitter, self.min_visible = cfg.shorter_side, cfg.jitter, cfg.min_visible
 
     def sample(self, sample: Sample, random: SampleRandom) -> dict[str, Any]:
@@ -107,7 +113,7 @@ class Boxed(Standard):
         if "boxes" in rest:
             moved = fit.boxes(rest["boxes"])
             if not self.train:
-                rest["source_boxes"] = rest["boxes"]
+                rest.setdefault("truth", truth_of(rest))
             rest["boxes"] = np.clip(moved, 0, np.array([fit.width, fit.height] * 2, dtype=np.float32))
             if self.train:
                 drop_invisible(rest, moved, self.min_visible)

@@ -29,10 +29,12 @@ MEANING = {
     "unknown_image": "belong to an image that is not listed",
     "missing_image": "images are listed but not there",
     "unreadable_image": "images cannot be read",
-    "odd_channels": "arrays have another number of channels than the others, and are replaced when their turn comes",
+    "odd_channels": "arrays have another number of channels than dataset.channels, and are replaced (in validation: left out) when their turn comes",
+    "unlabelled": "images have no label file, and are taken as examples of nothing",
     "crowd": "mark crowds (left out of training, ignored in validation)",
     "empty": "images show no object",
 }
+OF_IMAGES = ("missing_image", "unreadable_image", "odd_channels", "unlabelled", "empty")  # the others are of boxes
 HARMLESS = ("crowd", "empty")  # said, and no reason to refuse the data
 
 
@@ -49,6 +51,9 @@ class Annotations:
     labels: list[int] = field(default_factory=list)  # place in classes; -1: unknown
     crowd: list[bool] = field(default_factory=list)
     areas: list[float] = field(default_factory=list)  # pixels; NaN: that of the box
+    sides: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # (width, height) as the file has them, or as they follow from the corners
     defects: dict[str, list[str]] = field(default_factory=dict)  # kind -> names of images, once per case, found while reading
 
     def image(self, path: str, size: tuple[int, int], image_id: int) -> None:
@@ -58,9 +63,17 @@ class Annotations:
         self.image_ids.append(image_id)
         self.counts.append(0)
 
-    def box(self, corners: Sequence[float], label: int, crowd: bool = False, area: float = float("nan")) -> None:
+    def box(
+        self,
+        corners: Sequence[float],
+        label: int,
+        crowd: bool = False,
+        area: float = float("nan"),
+        sides: tuple[float, float] | None = None,
+    ) -> None:
         self.counts[-1] += 1
         self.boxes.append(corners)
+        self.sides.append(sides or (corners[2] - corners[0], corners[3] - corners[1]))
         self.labels.append(label)
         self.crowd.append(crowd)
         self.areas.append(area)
@@ -70,7 +83,8 @@ class Annotations:
 
 
 def settle(read: Annotations, policy: str, keep_empty: bool, where: str) -> tuple[dict[str, Column], dict[str, Any]]:
-    """Columns of a table, with every box inside its image and of positive area; meta holds what was mended.
+    """Columns of a table, with every box inside its image and of positive area; meta holds what was mended. The column `truth`
+    has the objects as the file has them: what is left out of training is still there to be found, and missed, in validation.
 
     Args:
         policy: "clip" mends boxes that reach over the edge and drops what cannot be mended; "drop" drops every box with a
@@ -83,6 +97,7 @@ def settle(read: Annotations, policy: str, keep_empty: bool, where: str) -> tupl
     sizes, counts = np.array(read.sizes, dtype=np.int64).reshape(-1, 2), np.array(read.counts, dtype=np.int64)
     image_of = np.repeat(np.arange(len(counts)), counts)  # [M]
     kinds = _judge(boxes, labels, sizes[image_of])
+    scored, num_scored = _truth(read, boxes, ~(kinds["not_finite"] | kinds["unknown_category"]), image_of)
     defects = {kind: [_image(read, i) for i in image_of[bad]] for kind, bad in kinds.items() if bad.any()}
     for kind, images in read.defects.items():
         defects.setdefault(kind, []).extend(images)
@@ -113,8 +128,26 @@ def settle(read: Annotations, policy: str, keep_empty: bool, where: str) -> tupl
         "labels": Ragged.pack(counts[kept], labels.astype(np.int32)),
         "crowd": Ragged.pack(counts[kept], crowd),
         "area": Ragged.pack(counts[kept], areas.astype(np.float32)),
+        "truth": Ragged.pack(num_scored[kept], scored[np.isin(scored[:, -1], kept)][:, :-1]),
     }
     return columns, {"classes": list(read.classes), "defects": _summary(defects), "policy": policy, "keep_empty": keep_empty}
+
+
+def _truth(read: Annotations, boxes: np.ndarray, known: np.ndarray, image_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of `truth` and behind each the number of its image, [M', 8]; and how many each image has."""
+    sides, areas = np.array(read.sides, dtype=np.float64).reshape(-1, 2), np.array(read.areas, dtype=np.float64)
+    rows = np.column_stack([boxes[:, :2], sides, read.labels, read.crowd, areas, image_of])[known]
+    rows[:, 6] = np.where(np.isnan(rows[:, 6]), rows[:, 2] * rows[:, 3], rows[:, 6])
+    return rows, np.bincount(image_of[known], minlength=len(read.counts))
+
+
+def as_listed(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes [M, 4] (x1, y1, x2, y2), labels, crowd and areas [M] for a file that others read: they judge boxes anew, and
+    score those of the file that the sample came from."""
+    if "truth" not in sample:
+        return sample["boxes"], sample["labels"], sample["crowd"], sample["area"]
+    corner, sides, rest = np.split(sample["truth"], [2, 4], axis=1)
+    return np.concatenate([corner, corner + sides], axis=1), *rest.T
 
 
 def _judge(boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
@@ -150,7 +183,7 @@ def report(defects: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for each kind of defect."""
     lines = []
     for kind, found in defects.items():
-        what = MEANING[kind] if kind in ("missing_image", "unreadable_image", "odd_channels", "empty") else f"boxes {MEANING[kind]}"
+        what = MEANING[kind] if kind in OF_IMAGES else f"boxes {MEANING[kind]}"
         names = ", ".join(found["images"])
         lines.append(f"  {found['count']} {what}: {names}{' …' if found['count'] > len(found['images']) else ''}")
     return lines
@@ -168,6 +201,8 @@ class DetectionSource(FileSource):
         defects = {k: v for k, v in self.table.meta["defects"].items() if k not in HARMLESS}
         if defects:
             done = "clipped to the image or, where nothing is left, dropped" if self.table.meta["policy"] == "clip" else "dropped"
+            if not self.train:
+                done = "left out of pictures only: scores are those of the boxes as the file has them, where they are finite and of a known category"
             logger.warning("%s: annotations that cannot be right were %s (dataset.bad_boxes):\n%s", where, done, "\n".join(report(defects)))
 
     def fields(self, index: int, name: str, size: tuple[int, int]) -> Sample:
@@ -186,6 +221,8 @@ class DetectionSource(FileSource):
         }
         if self.train:
             found = {key: value[~crowd] for key, value in found.items()}
+        else:
+            found["truth"] = self.table["truth"][index]
         return {**found, "image_id": int(self.table["image_id"][index])}
 
     def labels(self) -> None:

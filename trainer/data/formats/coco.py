@@ -86,6 +86,7 @@ def read_coco(document: dict[str, Any], root: Path) -> Annotations:
                 label_of.get(annotation["category_id"], -1),
                 bool(annotation.get("iscrowd", 0)),
                 _number(annotation.get("area")),
+                _sides(annotation["bbox"]),
             )
     return read
 
@@ -96,6 +97,10 @@ def _corners(bbox: Any) -> tuple[float, float, float, float]:
         return math.nan, math.nan, math.nan, math.nan
     x, y, width, height = (_number(n) for n in bbox)
     return x, y, x + width, y + height
+
+
+def _sides(bbox: Any) -> tuple[float, float]:
+    return (_number(bbox[2]), _number(bbox[3])) if isinstance(bbox, list) and len(bbox) == 4 else (math.nan, math.nan)
 
 
 def _number(value: Any) -> float:

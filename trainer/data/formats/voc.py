@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.data.formats.boxes import Annotations, settle
+from trainer.data.formats.boxes import NAMED, Annotations, settle
 from trainer.data.images import EXTENSIONS, header_size
 from trainer.data.index import Watch, cached
 from trainer.data.source import LayoutError
@@ -38,7 +38,9 @@ def scan_voc(
         read = Annotations(classes=classes if classes is not None else all_names(annotations))
         label_of = {name: i for i, name in enumerate(read.classes)}
         files = {os.path.splitext(name)[0]: name for name in sorted(os.listdir(images)) if name.lower().endswith(EXTENSIONS)}
-        for number, name in enumerate(image_names(names)):
+        listed = image_names(names)
+        _check_annotations(annotations, listed)
+        for number, name in enumerate(listed):
             _read_image(read, annotations / f"{name}.xml", images, files.get(name), label_of, number, first_pixel)
         return settle(read, policy, keep_empty, str(annotations))
 
@@ -47,6 +49,13 @@ def scan_voc(
         "classes": classes, "first_pixel": first_pixel, "policy": policy, "keep_empty": keep_empty,
     }  # fmt: skip
     return cached(names, "voc", options, scan)
+
+
+def _check_annotations(annotations: Path, names: Sequence[str]) -> None:
+    missing = [f"{name}.xml" for name in names if not (annotations / f"{name}.xml").is_file()]
+    if missing:
+        which = ", ".join(missing[:NAMED]) + (f" … ({len(missing)} in all)" if len(missing) > NAMED else "")
+        raise LayoutError(f"there is no {which} in {annotations}, but the list of images names {'it' if len(missing) == 1 else 'them'}")
 
 
 def image_names(path: Path) -> list[str]:
@@ -72,8 +81,6 @@ def _parse(path: Path) -> ElementTree.Element:
 def _read_image(
     read: Annotations, path: Path, images: Path, file: str | None, label_of: dict[str, int], number: int, first_pixel: int
 ) -> None:
-    if not path.is_file():
-        raise LayoutError(f"there is no {path}, but the list of images names it")
     if file is None:
         read.defect("missing_image", path.stem)
         return

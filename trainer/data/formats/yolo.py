@@ -23,8 +23,13 @@ from trainer.data.table import Table
 Measure = Callable[[str], tuple[int, int] | None]
 
 
-def scan_yolo(images: Path, labels: Path, classes: Sequence[str], kind: str, policy: str, keep_empty: bool) -> Table:
+def scan_yolo(
+    images: Path, labels: Path, classes: Sequence[str], kind: str, policy: str, keep_empty: bool, channels: int | None = None
+) -> Table:
     """The index of one folder of images (and those below it) beside one of labels.
+
+    Args:
+        channels: that every array should have; None = these are photographs. Meta `channels` is how many arrays have which.
 
     Raises:
         LayoutError: a label file is not YOLO's.
@@ -48,12 +53,13 @@ def scan_yolo(images: Path, labels: Path, classes: Sequence[str], kind: str, pol
                 labelled.discard(os.path.splitext(path)[0])
         for stem in sorted(labelled):
             read.defect("unknown_image", f"{stem}.txt")
-        if kind == "multispectral":
-            _find_odd_arrays(read, images)
-        return settle(read, policy, keep_empty, str(labels))
+        depths = {} if channels is None else _depths(read, images, channels)
+        columns, meta = settle(read, policy, keep_empty, str(labels))
+        return columns, {**meta, "channels": depths}
 
     options = {
-        "images": os.path.relpath(images, labels), "classes": list(classes), "kind": kind, "policy": policy, "keep_empty": keep_empty
+        "images": os.path.relpath(images, labels), "classes": list(classes), "kind": kind, "policy": policy, "keep_empty": keep_empty,
+        "channels": channels,
     }  # fmt: skip
     return cached(labels, kind, options, scan)
 
@@ -64,13 +70,14 @@ def _label_files(labels: Path) -> set[str]:
     return {os.path.splitext(os.path.relpath(path, labels))[0] for path in found}
 
 
-def _find_odd_arrays(read: Annotations, images: Path) -> None:
-    """Arrays of another number of channels than most: they would be bad samples in the middle of an epoch."""
-    channels = [array_channels(str(images / path)) for path in read.paths]
-    usual = max(set(channels), key=channels.count, default=None)
-    for path, count in zip(read.paths, channels):
-        if count != usual:
-            read.defect("odd_channels", f"{path} ({count} instead of {usual})")
+def _depths(read: Annotations, images: Path, channels: int) -> dict[str, int]:
+    """How many arrays have which number of channels. Those of another than they should would be bad samples in the middle of
+    an epoch: they are named."""
+    found = [array_channels(str(images / path)) for path in read.paths]
+    for path, count in zip(read.paths, found):
+        if count != channels:
+            read.defect("odd_channels", f"{path} ({count} instead of {channels})")
+    return {str(count): found.count(count) for count in set(found)}
 
 
 def _read_image(read: Annotations, root: Path, path: str, label_file: Path, measure: Measure, number: int) -> None:
@@ -82,7 +89,8 @@ def _read_image(read: Annotations, root: Path, path: str, label_file: Path, meas
     try:
         text = label_file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        return  # by convention an image of nothing
+        read.defect("unlabelled", path)  # by convention an image of nothing, and often a mistake
+        return
     except UnicodeDecodeError:
         raise LayoutError(f"{label_file} is not a text file") from None
     for i, line in enumerate(text.splitlines()):

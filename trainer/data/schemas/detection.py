@@ -29,7 +29,7 @@ class DetectionConfig(DatasetConfig):
 
     bad_boxes: str = setting(
         "clip",
-        "boxes that cannot be right (no area, NaN, outside the image, unknown category): clip to the image and drop what cannot be mended, drop, or raise (exit 3); counted and printed with their images",
+        "boxes that cannot be right (no area, NaN, outside the image, unknown category): clip to the image and drop what cannot be mended, drop, or raise (exit 3); counted and printed with their images. What validation scores is the file's boxes as they are",
         choices=["clip", "drop", "raise"],
     )
     keep_empty: bool = setting(True, "keep images without any box, as examples of nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from trainer.config.fields import setting
 from trainer.config.schemas import schema
 from trainer.data.schemas.detection import SPLIT_NAMES, DetectionConfig
-from trainer.data.schemas.paths import read_class_file, why
+from trainer.data.schemas.paths import listed, read_class_file, why
 from trainer.data.source import LayoutError, Source
 from trainer.errors import Problem
 
@@ -60,14 +61,20 @@ class YoloConfig(DetectionConfig):
             pairs.append((root / "images", root / "labels"))
         return next(((images, labels) for images, labels in pairs if images.is_dir() and labels.is_dir()), None)
 
-    def source(self, split: str) -> Source:
-        from trainer.data.formats.yolo import divide, scan_yolo
+    def scan(self, split: str) -> tuple[Path, Table]:
+        """The folder of images, and its index."""
+        from trainer.data.formats.yolo import scan_yolo
 
         folders = self.folders(split)
         if folders is None:
             raise LayoutError("has no images/ and labels/")
-        table = scan_yolo(*folders, self.classes(), self.KIND, self.bad_boxes, self.keep_empty)
-        source = self.open(folders[0], table, split)
+        depth = self.channels if isinstance(self, MultispectralConfig) else None
+        return folders[0], scan_yolo(*folders, self.classes(), self.KIND, self.bad_boxes, self.keep_empty, depth)
+
+    def source(self, split: str) -> Source:
+        from trainer.data.formats.yolo import divide
+
+        source = self.open(*self.scan(split), split)
         return source if self.val_fraction is None else divide(source, split, self.val_fraction, self.split_seed)
 
     def open(self, images: Path, table: Table, split: str) -> DetectionSource:
@@ -136,12 +143,20 @@ class MultispectralConfig(YoloConfig):
         yield from super().problems()
 
     def content_problems(self) -> Iterator[Problem]:
-        from trainer.data.formats.yolo import array_channels
-
         found = [*super().content_problems()]
         yield from found
-        if not found:
-            source = self.source(self.splits[0])
-            there = array_channels(source.name(0))
-            if there != self.channels:
-                yield Problem("dataset.channels", self.channels, f"{source.name(0)} has {there}", f"dataset.channels={there}")
+        if found:
+            return
+        splits = self.splits[: 1 if self.val_fraction is not None else 2]
+        usual, reasons = set(), []  # numbers of channels that most arrays of a split have
+        for split in splits:
+            root, table = self.scan(split)
+            counts = Counter[str](table.meta["channels"])
+            channels, many = counts.most_common(1)[0]
+            usual.add(channels)
+            if many > counts[str(self.channels)]:  # fewer are samples to be replaced, and said when the data are opened
+                names = [str(root / name) for name in table.meta["defects"]["odd_channels"]["images"]]
+                reasons.append(f"{many} of {counts.total()} arrays of the {split} split have {channels}: {listed(names)}")
+        if reasons:
+            fix = f"dataset.channels={usual.pop()}" if len(usual) == 1 else "write both splits with as many channels"
+            yield Problem("dataset.channels", self.channels, "; ".join(reasons), fix)

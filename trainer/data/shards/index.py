@@ -225,6 +225,7 @@ def _with_boxes(
     read.image_ids = [int(i) if i >= 0 else n for n, i in enumerate(ids)]
     read.counts = counts.tolist()
     read.boxes, read.labels = boxes[:, :4].tolist(), boxes[:, 4].astype(int).tolist()
+    read.sides = (boxes[:, 2:4] - boxes[:, :2]).tolist()
     read.crowd, read.areas = boxes[:, 5].astype(bool).tolist(), boxes[:, 6].tolist()
     judged, meta = settle(read, policy, True, f"{places[0]} and {len(places) - 1} more")
     return {**columns, **{name: column for name, column in judged.items() if name != "path"}}, meta

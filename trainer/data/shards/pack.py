@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trainer.data.formats.boxes import as_listed
 from trainer.data.images import decode
 from trainer.data.index import FOLDER
 from trainer.data.shards.names import CLASSES, INFO, read_info
@@ -178,15 +179,14 @@ def sample_members(source: Source, index: int, verify: bool = False) -> dict[str
 
 def _json(sample: Sample, image: Any) -> dict[str, Any]:
     found: dict[str, Any] = {key: sample[key].tolist() for key in ("box", "parts") if key in sample}
-    if "group" in sample:
-        found["group"] = int(sample["group"])
+    found |= {"group": int(sample["group"])} if "group" in sample else {}
     if "boxes" in sample:
         height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+        boxes, labels, crowd, area = as_listed(sample)
         found |= {
-            "image_id": int(sample["image_id"]), "width": int(width), "height": int(height), "boxes_format": "xyxy",
-            "boxes": sample["boxes"].tolist(),
-            "labels": (sample["labels"] + 1).tolist(), "first_label": 1,  # 0 is the background, as birder has it
-            "area": sample["area"].tolist(), "iscrowd": sample["crowd"].astype(int).tolist(),
+            "image_id": int(sample["image_id"]), "width": int(width), "height": int(height), "boxes_format": "xyxy", "boxes": boxes.tolist(),
+            "labels": (labels.astype(int) + 1).tolist(), "first_label": 1,  # 0 is the background, as birder has it
+            "area": area.tolist(), "iscrowd": crowd.astype(int).tolist(),
         }  # fmt: skip
     return found
 

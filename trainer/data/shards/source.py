@@ -79,6 +79,8 @@ class ShardSource:
         }
         if self.train:  # as in DetectionSource: crowds are for validation only
             found = {key: value[~crowd] for key, value in found.items()}
+        else:
+            found["truth"] = self.table["truth"][index]
         return {**found, "image_id": int(self.table["image_id"][index])}
 
     def _read(self, index: int, part: str) -> bytes:
@@ -128,7 +130,7 @@ class ShardSource:
         defects = {k: v for k, v in self.table.meta.get("defects", {}).items() if k not in HARMLESS}
         if defects:
             logger.warning(
-                "%s: annotations that cannot be right were mended or dropped (dataset.bad_boxes):\n%s",
+                "%s: annotations that cannot be right were mended or dropped (dataset.bad_boxes) in training, and are scored as they are:\n%s",
                 os.path.dirname(self.places[0]),
                 "\n".join(report(defects)),
             )
