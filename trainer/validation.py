@@ -273,7 +273,7 @@ def warnings_of(run: RunConfig, *, here: bool = True) -> Iterator[str]:
     yield from run.task.warnings(run)
     if is_test(split := run.dataset.validates_on()):
         yield (
-            f"dataset.path={run.dataset.path}: what validates ({split}) are test images, so best.pt is chosen on them, and what it scores there is "
+            f"dataset.path={run.dataset.path}: images of a test set validate ({split}), so best.pt is chosen on them, and what it scores there is "
             f"no test score; {run.dataset.spares_test}, and last.pt is chosen by nothing"
         )
     default = next(f.default for f in dataclasses.fields(run.optimizer) if f.name == "base_batch_size")
