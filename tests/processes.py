@@ -73,10 +73,12 @@ def start(
 
 
 def start_ranks(
-    directory: Path, overrides: Sequence[str], size: int, environment: Mapping[str, str] | None = None
+    directory: Path, overrides: Sequence[str], size: int, environment: Mapping[str, str] | None = None, *, any_task: bool = False
 ) -> list[multiprocessing.Process]:
     port = free_port()
-    return [start(directory, overrides, rank=rank, size=size, port=port, environment=environment) for rank in range(size)]
+    return [
+        start(directory, overrides, rank=rank, size=size, port=port, environment=environment, any_task=any_task) for rank in range(size)
+    ]
 
 
 def finish(processes: Sequence[multiprocessing.Process], timeout: float = 120.0) -> list[int | None]:

@@ -81,6 +81,18 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert rows[0] == rows[1]
 
 
+def assert_close_runs(a: Path, b: Path) -> None:
+    """The same losses at every logged step and the same weights, to rounding."""
+    rows = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (a, b)]
+    losses = [torch.tensor([row["train/loss"] for row in found if "train/loss" in row]) for found in rows]
+    assert len(losses[0]) > 1
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    left, right = last(a)["task"], last(b)["task"]
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """A real SIGTERM, in the middle of that optimizer step."""
     original = Engine.train_step

@@ -236,6 +236,27 @@ def test_a_rank_that_meets_bad_data_gives_the_run_its_exit_code(data, tmp_path):
     assert status["state"] == "failed" and "rank 1 of 2 failed" in status["reason"]
 
 
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_the_limit_on_bad_images_is_that_of_all_ranks_together(split, data, tmp_path):
+    run = [*SHORT, "loop.max_validation_batches=null", *of(data)]
+    prepared = build_data(compose_run(*run))
+    if split == "training":
+        shares = [prepared.order.share(0, rank, 2, 1)[0].index[:2] for rank in range(2)]  # of each rank, in the first step
+        bad = [Path(prepared.train.name(int(i))) for share in shares for i in share]
+    else:
+        assert prepared.val is not None
+        bad = [Path(prepared.val.name(i)) for i in range(4)]  # in turn one rank's and the other's
+    for path in bad:
+        path.write_text("no image")
+    ranks = start_ranks(tmp_path / "three", [*run, "dataset.max_bad_samples=3"], 2)
+    assert finish(ranks) == [3, 3], logs(tmp_path / "three")
+    said = logs(tmp_path / "three")
+    assert f"4 bad {split} samples, more than dataset.max_bad_samples=3 allows" in said
+    assert all(f"{path}: not an image" in said[said.index(f"4 bad {split}") :] for path in bad), "whichever rank has met it"
+    ranks = start_ranks(tmp_path / "four", [*run, "dataset.max_bad_samples=4"], 2)
+    assert finish(ranks) == [0, 0], logs(tmp_path / "four")
+
+
 # Readers
 
 

@@ -30,7 +30,11 @@ SHORT = [
     "dataset.num_workers=0",
     "loop.max_validation_batches=1",
 ]
-KINDS = {"classification": [], "mim": ["loop.max_reference_images=64"]}
+KINDS = {
+    "classification": [],
+    "mim": ["loop.max_reference_images=64"],
+    "dino": ["loop.max_reference_images=64", "scheduler.warmup_epochs=0", "task.out_dim=32", "task.hidden_dim=32", "task.bottleneck_dim=16", "augmentation.local_crops=1"],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.any_task import SEEN, STOP, samples_by_step
 from tests.processes import finish, logs, start, start_ranks
 from tests.test_exact import MODELS, SHORT, last
 
@@ -118,6 +119,32 @@ def test_stopped_on_two_ranks_continued_on_one(one, tmp_path):
     unbroken = train(tmp_path / "unbroken", *slow[len(SHORT) :])
     assert weights_apart(directory, unbroken) < 1e-4  # 100 steps of rounding
     assert last(directory)["samples"] == last(unbroken)["samples"]
+
+
+def test_a_run_on_two_ranks_then_one_then_four_sees_the_samples_of_an_unbroken_one_in_their_order(tmp_path):
+    directory, epochs = tmp_path / "run", 12
+    run = [*SHORT, "loop.samples_per_epoch=100", "loop.drop_last=false", f"loop.epochs={epochs}", "dataset.num_workers=1"]
+    steps = 7 * epochs  # the last of an epoch has four images
+
+    def part(name: str, ranks: int, code: int, stop_at: int | None = None) -> dict[int, list[int]]:
+        environment = {SEEN: str(tmp_path / name)} | ({} if stop_at is None else {STOP: str(stop_at)})
+        where = tmp_path / "unbroken" if name == "unbroken" else directory
+        processes = (
+            start_ranks(where, run, ranks, environment, any_task=True)
+            if ranks > 1
+            else [start(where, run, environment=environment, any_task=True)]
+        )
+        assert finish(processes) == [code] * ranks, logs(where)
+        return samples_by_step(tmp_path / name, ranks)
+
+    unbroken = part("unbroken", 1, 0)
+    assert [*unbroken] == [*range(steps)]
+    two = part("two", 2, 75, stop_at=3)
+    one = part("one", 1, 75, stop_at=len(two) + 4)
+    four = part("four", 4, 0)
+    assert len(two) > 3 and len(two) + 4 < len(two) + len(one) < steps, "stopped twice on the way"
+    assert not {*two} & {*one} and not {*one} & {*four}, "no step is taken twice"
+    assert two | one | four == unbroken
 
 
 def wait_for_step(directory: Path, step: int, processes, timeout: float = 60.0) -> None:

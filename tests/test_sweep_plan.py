@@ -11,6 +11,7 @@ from trainer.errors import ConfigError
 from trainer.launch import jobs, multirun, plan
 from trainer.launch.compose import compose_run
 from trainer.rundir import RunDirectory, run_directory
+from trainer.sweep import estimate
 from trainer.sweep.estimate import History
 
 SMALL = ["model=timm", "model.name=test_vit2", "dataset.image_size=16", "loop.steps=100", "loop.batch_size=36"]
@@ -65,6 +66,29 @@ def test_nothing_is_known(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert plan.main(["seed=2,3", *SMALL]) == 0
     assert "2 cannot be estimated: no finished run like it in runs/" in capsys.readouterr().out
+
+
+def test_a_budget_that_cannot_be_judged_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(multirun, "drive", lambda manifest, jobs: 0)
+    made = jobs.plan(["seed=2,3", *SMALL, "hydra.launcher.budget=0.01"])
+    assert made is not None
+    assert multirun.start_sweep(made, []) == 0
+    assert "hydra.launcher.budget=0.01: 2 of 2 jobs cannot be estimated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alike"),
+    [
+        (["optimizer.lr=0.5", "seed=9", "task.label_smoothing=0.1", "augmentation.hflip=0.3", "loop.steps=50"], True),
+        (["loop.compile=true"], False),
+        (["task.loss=bce"], False),
+        (["loop.batch_size=2"], False),
+        (["dataset.image_size=24"], False),
+    ],
+)
+def test_which_runs_take_as_long(overrides, alike):
+    assert estimate._is_alike(compose_run(*SMALL), compose_run(*SMALL, *overrides)) is alike
 
 
 def test_a_probe_where_nothing_is_known(tmp_path, monkeypatch, capsys):

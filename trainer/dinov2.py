@@ -51,7 +51,8 @@ def build_dinov2(cfg: TimmModel, *, num_classes: int, image_size: int, in_channe
         "img_size": image_size, "patch_size": facts["patch_size"], "in_chans": cfg.in_channels or in_channels, "num_classes": num_classes,
         "embed_dim": facts["hidden_size"], "depth": facts["num_hidden_layers"], "num_heads": facts["num_attention_heads"],
         "mlp_ratio": facts["mlp_ratio"], "qkv_bias": facts["qkv_bias"], "init_values": facts["layerscale_value"],
-        "reg_tokens": registers, "no_embed_class": registers > 0, "drop_rate": cfg.drop_rate, "drop_path_rate": cfg.drop_path_rate,
+        "reg_tokens": registers, "no_embed_class": registers > 0, "drop_rate": cfg.drop_rate or 0.0,
+        "drop_path_rate": cfg.drop_path_rate or 0.0,
     }  # fmt: skip
     if facts.get("use_swiglu_ffn"):
         arguments |= swiglu(facts["hidden_size"], facts["mlp_ratio"])

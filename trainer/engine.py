@@ -60,6 +60,15 @@ class Periods:
         return self.epochs_before + (step - self.start) / self.epoch
 
 
+class BadSamples(Protocol):
+    """What a loader knows of the samples that it could not read."""
+
+    limit: int
+    found: dict[str, str]  # of this rank, by name
+
+    def judge_together(self, of_ranks: Iterable[Mapping[str, str]]) -> None: ...  # raises where there are too many
+
+
 class Reporter(Protocol):
     """What the engine tells the outside. Every rank calls it; the main rank writes."""
 
@@ -124,13 +133,14 @@ class Engine:
         self.after_update = _own(state.task, "after_update")
         self.guards_buffers = bool(self.guard.blocks)
         self.reference: Iterable[Batch] | None = None
+        self.bad_samples: BadSamples | None = None  # of training, as the loader counts them
 
     def fit(self, batches: Iterable[Batch], validation: Iterable[Batch] | None, reference: Iterable[Batch] | None = None) -> int:
         """Train until the stage's last step or until told to stop. Returns 0, or the reason the ranks agreed on.
 
         `reference` is the training set as validation sees it, for evaluators that compare with it.
         """
-        self.reference = reference
+        self.reference, self.bad_samples = reference, getattr(batches, "bad", None)
         stream = iter(batches)
         state, periods = self.state, self.periods
         self.window = Window()
@@ -252,6 +262,8 @@ class Engine:
             if not self.stop_reason:
                 self._visit(batches, evaluator.update)
             if not self.stop_reason:
+                bad = getattr(batches, "bad", None)
+                self._judge(bad, self.world.sum(torch.tensor(float(len(bad.found)))).item() if bad else 0)
                 scores = {f"val/{name}": value for name, value in evaluator.compute().items()}
             if scores is not None and illustrate and self.world.is_main and isinstance(evaluator, Illustrates):
                 with self.autocast or nullcontext():
@@ -318,7 +330,8 @@ class Engine:
     def log(self) -> None:
         """Read the window: one packed all-reduce over ranks and one transfer to the host."""
         window, self.window = self.window, Window()
-        scalars, bad = self._reduce(window)  # waits for the device, so the clock is read after it
+        scalars, bad, unread = self._reduce(window)  # waits for the device, so the clock is read after it
+        self._judge(self.bad_samples, unread)
         self._count_bad_steps(bad)
         self._count_seconds()
         elapsed = max(self.clock - window.started - window.paused, 1e-9)
@@ -337,8 +350,8 @@ class Engine:
         scalars.update(self.inspected)
         self.reporter.logged(scalars)
 
-    def _reduce(self, window: Window) -> tuple[dict[str, float], list[float]]:
-        """Weighted means over the window and all ranks, and this window's bad-step flags."""
+    def _reduce(self, window: Window) -> tuple[dict[str, float], list[float], float]:
+        """Weighted means over the window and all ranks, this window's bad-step flags, and how many samples the ranks have not been able to read."""
         device = window.losses[0].device
         if all(isinstance(w, int | float) for w in window.weights):
             weights = torch.tensor(window.weights, dtype=torch.float64, device=device)  # [steps * accumulate]
@@ -346,16 +359,22 @@ class Engine:
             weights = torch.stack([torch.as_tensor(w, dtype=torch.float64, device=device) for w in window.weights])
         columns = {"loss": window.losses, **window.metrics}
         table = torch.stack([torch.stack(c).double() for c in columns.values()])  # [names, steps * accumulate]
-        sums = torch.cat([(table * weights).sum(1), weights.sum().view(1)])
-        sums = self.world.sum(sums)
-        means = sums[:-1] / sums[-1]
+        unread = weights.new_tensor([len(self.bad_samples.found) if self.bad_samples else 0])
+        sums = self.world.sum(torch.cat([(table * weights).sum(1), weights.sum().view(1), unread]))
+        means = sums[:-2] / sums[-2]
         norms, bad = torch.stack(window.norms).double(), torch.stack(window.bad).double()
         finite = norms.isfinite()
         norm = norms.where(finite, 0).sum() / finite.sum()
-        *values, norm_value = torch.cat([means, norm.view(1), bad]).split([len(columns) + 1, len(bad)])[0].tolist()
+        *values, norm_value, all_unread = torch.cat([means, norm.view(1), sums[-1:]]).tolist()
         flags = bad.tolist() if device.type == "cpu" else bad.cpu().tolist()
         scalars = {f"train/{name}": value for name, value in zip(columns, values, strict=True)}
-        return {**scalars, "train/grad_norm": norm_value}, flags
+        return {**scalars, "train/grad_norm": norm_value}, flags, all_unread
+
+    def _judge(self, bad: BadSamples | None, of_all: float) -> None:
+        """Each rank reads other samples, so what all together could not read (a file that two have met counts once) is held
+        against the limit."""
+        if bad is not None and of_all > bad.limit:
+            bad.judge_together(self.world.gather(bad.found))
 
     def _count_bad_steps(self, flags: list[float]) -> None:
         """Skipped steps are counted; too many in a row end the run, naming the batch they began with."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from trainer.backends import set_backends
 from trainer.config import RunConfig
 from trainer.data.relabel import class_names, only, places_of, relabelled
+from trainer.data.source import Source
 from trainer.distributed import World, open_world
 from trainer.engine import Engine, Periods
 from trainer.errors import ConfigError, Problem
@@ -70,7 +71,8 @@ def evaluate(run: RunConfig, directory: RunDirectory, question: Question, out: P
             evaluator = task.evaluator()
             loader = as_validated(run, task, source, world, run.loop.max_validation_batches)
             if isinstance(evaluator, ComparesWithTraining):
-                engine.reference = reference(run, task, relabelled(run.dataset.build("train"), saved["classes"]), world)
+                known = training_images(run, source, question.split)
+                engine.reference = reference(run, task, relabelled(known, saved["classes"]), world) if known is not None else None
             started = time.perf_counter()
             scores = engine.evaluate(loader, illustrate=True, evaluator=evaluator)
             if scores is None:
@@ -88,6 +90,18 @@ def evaluate(run: RunConfig, directory: RunDirectory, question: Question, out: P
                 show(answer, report, directory, out)
             world.barrier()
             return answer
+
+
+def training_images(run: RunConfig, source: Source, split: str) -> Source | None:
+    """What an evaluator compares the images of a split with; None, and said, where the data have no others to train on."""
+    data = run.dataset.alone("train")
+    problem = next(data.problems(), None)
+    if problem is None:
+        known = data.build("train")
+        if split == "train" or known.fingerprint != source.fingerprint:
+            return known
+    logger.warning("no training images to compare with: scores that need them are left out%s", f" ({problem.reason})" if problem else "")
+    return None
 
 
 def restrict(task: Task, text: str, classes: Sequence[str]) -> list[int]:

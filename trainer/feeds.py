@@ -23,7 +23,7 @@ def loaders(
     augmentation = task.augmentation(train=True) or run.augmentation.build(run.dataset, train=not run.debug.overfit)
     batches = train_loader(
         data.train, augmentation, data.order, world, accumulate=run.loop.accumulate, start_step=step,
-        num_classes=len(data.train.classes) or None, **_reading(run, world),
+        num_classes=len(data.train.classes) or None, **_reading(run, world, data.train),
     )  # fmt: skip
     if data.val is None or len(data.val) == 0:
         return batches, None, None
@@ -53,11 +53,17 @@ def share_of(run: RunConfig, world: World) -> int:
     return max(1, run.loop.batch_size // (world.size * run.loop.accumulate))
 
 
-def _reading(run: RunConfig, world: World) -> dict[str, Any]:
-    """How any loader of this run reads."""
+def _reading(run: RunConfig, world: World, divided: Source | None = None) -> dict[str, Any]:
+    """How any loader of this run reads. `divided`: a source whose readers each need a part of their own, if it is such a one."""
     cfg = run.dataset
     workers = worker_count(cfg.num_workers, world.local_size, world.device)
-    return {"workers": workers, "prefetch": cfg.prefetch, "timeout": cfg.worker_timeout, "max_bad_samples": cfg.max_bad_samples}
+    most_readers = getattr(divided, "most_readers", None)
+    if most_readers is not None and cfg.num_workers == "auto":  # a number that a user wrote was checked before the run
+        workers = min(workers, most_readers(world.size))
+    return {
+        "workers": workers, "prefetch": cfg.prefetch, "timeout": cfg.worker_timeout, "max_bad_samples": cfg.max_bad_samples,
+        "keep": cfg.keep_mb * 1_000_000,
+    }  # fmt: skip
 
 
 def spread(size: int, count: int) -> np.ndarray:

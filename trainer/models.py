@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.config.loop import LoopConfig
     from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
 
+DROP_RATES = ("drop_rate", "drop_path_rate")
 SMALL = 96  # pixels; below, a network that halves the image five or six times may have nothing left of it
 
 
@@ -38,9 +39,8 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
         metadata = timm.models.get_pretrained_cfg(cfg.name)
     arguments: dict[str, Any] = {
         "patch_size": cfg.patch_size,
-        # Given only where asked for: many networks take no such argument, and zero is every network's default.
-        "drop_rate": cfg.drop_rate or None,
-        "drop_path_rate": cfg.drop_path_rate or None,
+        "drop_rate": cfg.drop_rate,
+        "drop_path_rate": cfg.drop_path_rate,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None} | cfg.args
     if cfg.conv_stem:
@@ -50,17 +50,24 @@ def build_timm(cfg: TimmModel, *, num_classes: int, image_size: int, in_channels
     if cfg.pretrained and metadata is not None and "pretrained_cfg_overlay" not in cfg.args:
         timm_weights_within_reach(cfg.name, metadata)
     try:
-        model = timm.create_model(
-            cfg.name,
-            pretrained=cfg.pretrained,
-            num_classes=num_classes,
-            in_chans=cfg.in_channels or in_channels,
-            **arguments,
-        )
+        model = _created(cfg.name, arguments, pretrained=cfg.pretrained, num_classes=num_classes, in_chans=cfg.in_channels or in_channels)
     except Exception as error:
         raise _refused(error, cfg, arguments, image_size, "timm") from error
     _try_small(model, cfg, in_channels, image_size)
     return model
+
+
+def _created(name: str, arguments: dict[str, Any], **rest: Any) -> nn.Module:
+    """timm's network. A rate of zero is left out where the network takes no such argument: it has none to be switched off."""
+    import timm
+
+    try:
+        return timm.create_model(name, **rest, **arguments)
+    except TypeError as error:
+        idle = [rate for rate in DROP_RATES if arguments.get(rate) == 0 and f"'{rate}'" in str(error)]
+        if not idle:
+            raise
+        return _created(name, {key: value for key, value in arguments.items() if key not in idle}, **rest)
 
 
 def _stem(channels: list[int], depth: int, in_channels: int) -> dict[str, Any]:
@@ -167,7 +174,7 @@ def _refused(error: Exception, cfg: ModelConfig, arguments: Mapping[str, Any], i
     if cannot is not None:
         return ConfigError(cannot)
     keys = dict.fromkeys(("img_size", "image_size", "input_size"), "dataset.image_size") | {"in_chans": "model.in_channels"}
-    keys |= {name: f"model.{name}" for name in ("patch_size", "drop_rate", "drop_path_rate")}
+    keys |= {name: f"model.{name}" for name in ("patch_size", *DROP_RATES)}
     keys |= {name: f"model.args.{name}" for name in cfg.args}
     if isinstance(error, TypeError):  # "… got an unexpected keyword argument 'patch_size'"
         for name, key in keys.items():

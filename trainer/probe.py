@@ -6,6 +6,7 @@ figure on any number of ranks. They know no task: whoever has features and label
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,3 +98,18 @@ def features_and_output(network: nn.Module, images: Tensor) -> tuple[Tensor, Ten
     # The last linear layer is the classifier where its output is the network's; in attention, say, it is not.
     is_classifier = bool(seen) and seen[-1].ndim == 2 and output.shape == (len(images), linear[-1].out_features)
     return (seen[-1] if is_classifier else output), output
+
+
+class Asked(nn.Module):
+    """A network that is asked for features and output at once, as one call that can be compiled. It is not the network's parent:
+    whoever owns that trains, moves and saves it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.asked = (network,)  # in a tuple, so that it is no submodule
+
+    def children(self) -> Iterator[nn.Module]:
+        return iter(self.asked)  # whoever compiles block by block finds the network's
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return features_and_output(self.asked[0], images)

@@ -38,7 +38,7 @@ def problems_of(run: RunConfig, *, trains: bool = True) -> Iterator[Problem]:
     yield from bad_fields
     if any(p.value == MISSING for p in bad_fields):
         return  # a rule would meet "???" where it expects a number
-    facts, bad_data = _facts(run)
+    facts, bad_data = _facts(run.dataset)
     yield from bad_data
     rules = RULES if facts is None else (*RULES, *RULES_ON_DATA)
     for rule in rules if trains else (rule for rule in rules if rule not in RULES_OF_TRAINING):
@@ -47,14 +47,22 @@ def problems_of(run: RunConfig, *, trains: bool = True) -> Iterator[Problem]:
             yield from rule(run, facts or Facts())
 
 
-def _facts(run: RunConfig) -> tuple[Facts | None, list[Problem]]:
+def problems_of_data(dataset: DatasetConfig) -> Iterator[Problem]:
+    """What is wrong with the data themselves, whatever is to be done with them."""
+    bad_fields = list(field_problems(dataset, "dataset"))
+    yield from bad_fields
+    if not any(p.value == MISSING for p in bad_fields):
+        yield from _facts(dataset)[1]
+
+
+def _facts(dataset: DatasetConfig) -> tuple[Facts | None, list[Problem]]:
     """What is known of the data, or what is wrong with them."""
-    problems = list(run.dataset.problems())
+    problems = list(dataset.problems())
     try:
-        facts = run.dataset.facts()
+        facts = dataset.facts()
         return (None if problems and not facts.num_train else facts), problems  # of no data, no more need be said
     except OSError as error:
-        where = error.filename or run.dataset.path
+        where = error.filename or dataset.path
         return None, problems or [Problem("dataset.path", where, error.strerror or str(error), "dataset.path=/path/to/data")]
     except Exception:
         if not problems:

@@ -8,7 +8,13 @@ from benchmarks.measure import Worker, race
 from benchmarks.table import Effort, Line, at_least, at_most, row
 
 PEERS = "benchmarks.peers.pretraining"
-OURS, DINO, ALL, GRADIENTS, HAND = "task=mim", "task=dino", "every patch encoded", "gradients through the teacher", "written by hand, same services"
+OURS, DINO, ALL, GRADIENTS, HAND = (
+    "task=mim",
+    "task=dino",
+    "every patch encoded",
+    "gradients through the teacher",
+    "written by hand, same services",
+)
 
 
 @row("mae", "a step of MAE with ViT-Ti/16 at 224 pixels, three quarters of each image hidden")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,11 @@ def sweep_submit(effort: Effort) -> Iterator[Line]:
     with slurm() as environment:
 
         def command(name: str, count: int) -> Command:
-            line = ["-m", "hydra/launcher=slurm", f"seed=range(0,{count})", "resume=never", f"runs_dir={environment['FOLDER']}/runs",
+            line = ["-m", "hydra/launcher=slurm", "optimizer=adamw,sgd", f"seed=range(0,{count // 2})",
                     "hydra.launcher.additional_parameters={hold: true}"]  # fmt: skip
-            return Command(name, [sys.executable, str(ROOT / "launch.py"), *line], cwd=Path(environment["FOLDER"]), environment=environment)
+            # Another folder each time ($$): the same sweep twice at once is refused.
+            typed = f"exec {shlex.join([sys.executable, str(ROOT / 'launch.py'), *line])} runs_dir=$FOLDER/runs-$$"
+            return Command(name, ["bash", "-c", typed], cwd=Path(environment["FOLDER"]), environment=environment)
 
         few = race([command(FEW, 100)], effort.rounds(5, 2))
         yield limit(few, FEW, 3.0, unit="s")

@@ -33,6 +33,10 @@ class ClassificationConfig(TaskConfig):
         None, "targets above this count as 1, the others as 0 (only with loss=bce); mixed images then are of both classes; null = soft targets", ge=0, lt=1
     )  # fmt: skip
     bce_sum: bool = setting(False, "sum the binary losses over the classes instead of taking their mean: C times the gradient")
+    head_batch_norm: bool = setting(
+        False,
+        "normalise features over the batch, without scale or shift, before the classifier: for linear probes (arXiv:2111.06377, app. A.1)",
+    )
     tta: str = setting(
         "none",
         "test-time augmentation: validate and predict by the mean probability of several views of an image. flip: it and its mirror image; crops: both of the whole image, and of its corners and centre at 8/7 of their size",
@@ -49,9 +53,12 @@ class ClassificationConfig(TaskConfig):
     mesa_temperature: float = setting(5.0, "temperature that both predictions are softened with", gt=0)
 
     def build(self, run: RunConfig, data: DataInfo) -> Classification:
+        from tasks.classification.head import normalize_input
         from tasks.classification.task import Classification
 
         model = run.model.build(num_classes=len(data.classes), image_size=run.dataset.image_size, in_channels=data.channels)
+        if self.head_batch_norm:
+            normalize_input(model, run.model.name)
         return Classification(model, self, data.classes)
 
     def beyond_one_view(self) -> str:
@@ -62,6 +69,9 @@ class ClassificationConfig(TaskConfig):
             for name in ("bce_threshold", "bce_sum"):
                 if getattr(self, name) not in (None, False):
                     yield Problem(f"task.{name}", getattr(self, name), f"has no effect with task.loss={self.loss}", "task.loss=bce")
+        if self.head_batch_norm and run.loop.freeze_batchnorm:
+            reason = "loop.freeze_batchnorm would keep the statistics of the classifier's input, of which there are none yet"
+            yield Problem("task.head_batch_norm", True, reason, "loop.freeze_batchnorm=false: loop.freeze_to=backbone freezes the others")
         classes = run.dataset.facts().num_classes
         if classes is not None and classes < 2:
             reason = f"has {classes} class: a classifier needs at least two to tell apart"

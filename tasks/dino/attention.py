@@ -32,7 +32,8 @@ def attention_maps(network: Any, images: Tensor) -> Tensor:
     attention = _last(network)
     handle = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        network.forward_features(images)
+        with torch.compiler.set_stance("force_eager"):  # what is compiled does not ask hooks that came later
+            network.forward_features(images)
     finally:
         handle.remove()
     x = seen[0]  # [N, T, D], after the block's norm

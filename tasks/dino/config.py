@@ -112,7 +112,7 @@ class DinoConfig(TaskConfig):
             reason = "the teacher is the average of the student's weights already, and it is what is evaluated and exported"
             yield Problem("loop.ema_decay", run.loop.ema_decay, reason, "loop.ema_decay=null, and task.momentum sets the teacher's")
         yield from self._patches(run)
-        epochs = None if run.loop.steps else run.loop.epochs or run.loop.default_epochs
+        epochs = None if run.loop.steps else run.loop.num_epochs
         warmup = self.warmup_teacher_temperature_epochs
         if epochs is not None and warmup > epochs:
             reason = f"the run ends after {epochs} epochs"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,12 +18,14 @@ from trainer.probe import fit_linear, knn_scores
 from trainer.task import Batch
 
 if TYPE_CHECKING:
+    from tasks.dino.config import DinoConfig
     from tasks.dino.task import Dino
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 8  # images whose attention is drawn
 ALIKE, ONE = 0.99, 0.05  # shares of the largest possible entropy beyond which a teacher has collapsed
+FLAT = 0.005  # spread of features below which they have: cosines of 0.99997; a small network's begin at 0.01
 
 
 class Unlabelled:
@@ -58,24 +60,9 @@ class Unlabelled:
             "prototype_entropy": entropy(usage / count).item(),  # of all answers together: 0 where all images get the same
             "center_norm": self.task.center.norm().item(),
         }
-        self._warn(scores)
+        for sign in signs_of_collapse(scores, self.task.cfg):
+            logger.warning("%s", sign)
         return scores
-
-    def _warn(self, scores: Mapping[str, float]) -> None:
-        cfg, most = self.task.cfg, math.log(self.task.cfg.out_dim)
-        if scores["teacher_entropy"] > ALIKE * most:
-            logger.warning(
-                "the teacher finds all prototypes alike (entropy %.3f of at most %.3f): there is nothing to learn from it. A sharper one helps: "
-                "task.teacher_temperature=%.3g, task.warmup_teacher_temperature=%.3g; so may a lower optimizer.lr or fewer prototypes, task.out_dim=%d",
-                scores["teacher_entropy"], most, cfg.teacher_temperature / 2, cfg.warmup_teacher_temperature / 2, max(2, cfg.out_dim // 4),
-            )  # fmt: skip
-        elif scores["prototype_entropy"] < ONE * most:
-            logger.warning(
-                "the teacher says the same of nearly every image (entropy of all its answers %.3f of at most %.3f). A centre that follows faster "
-                "and a softer teacher help: task.center_momentum=%.3g, task.teacher_temperature=%.3g; so may task.norm_last_layer=true, "
-                "task.freeze_last_layer_epochs=%g and a lower optimizer.lr",
-                scores["prototype_entropy"], most, cfg.center_momentum / 2, cfg.teacher_temperature * 1.5, cfg.freeze_last_layer_epochs + 1,
-            )  # fmt: skip
 
     def pictures(self) -> Mapping[str, Tensor]:
         """Where the teacher's class token looks in its last block, head by head."""
@@ -84,6 +71,35 @@ class Unlabelled:
             return {}
         images = torch.stack(self.shown)
         return {"attention": sheet(images, attention_maps(network, images), self.task.mean, self.task.std)}
+
+
+def signs_of_collapse(scores: Mapping[str, float], cfg: DinoConfig) -> Iterator[str]:
+    """What is going wrong, each with what to change."""
+    most = math.log(cfg.out_dim)
+    if scores["feature_std"] < FLAT:
+        yield (
+            f"the features of all images point the same way (standard deviation {scores['feature_std']:.2g}; where they point everywhere alike "
+            "it is 1). Batch normalisation in the head tells them apart, a loss keeps them apart, and the learning rate may be too high: "
+            f"task.head_batch_norm=true, task.koleo_weight={cfg.parts.koleo_weight * 2 or 0.1:.3g}, a lower optimizer.lr"
+        )
+    if scores["teacher_entropy"] > ALIKE * most:
+        yield (
+            f"the teacher finds all prototypes alike (entropy {scores['teacher_entropy']:.3f} of at most {most:.3f}): there is nothing to learn from "
+            f"it. A sharper one helps: task.teacher_temperature={cfg.teacher_temperature / 2:.3g}, "
+            f"task.warmup_teacher_temperature={cfg.warmup_teacher_temperature / 2:.3g}; so may a lower optimizer.lr or fewer prototypes, "
+            f"task.out_dim={max(2, cfg.out_dim // 4)}"
+        )
+    elif scores["prototype_entropy"] < ONE * most:
+        helps = (  # what the centering does not use would change nothing
+            f"A centre that follows faster and a softer teacher help: task.center_momentum={cfg.center_momentum / 2:.3g}, "
+            if cfg.parts.centering == "mean"
+            else "Its answers are balanced over each micro-batch: larger ones (loop.batch_size, loop.accumulate=1) and a softer teacher help: "
+        )
+        yield (
+            f"the teacher says the same of nearly every image (entropy of all its answers {scores['prototype_entropy']:.3f} of at most {most:.3f}). "
+            f"{helps}task.teacher_temperature={cfg.teacher_temperature * 1.5:.3g}; so may task.norm_last_layer=true, "
+            f"task.freeze_last_layer_epochs={cfg.freeze_last_layer_epochs + 1:g} and a lower optimizer.lr"
+        )
 
 
 class Labelled(Unlabelled):

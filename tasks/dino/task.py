@@ -133,8 +133,7 @@ class Dino(Task):
 
     def temperature(self, progress: Progress) -> float:
         """The teacher's."""
-        cfg = self.cfg
-        epoch = int(progress.step // progress.steps_per_epoch)
+        cfg, epoch = self.cfg, int(progress.epoch)  # of the run, whatever stage it is in
         return teacher_temperature(cfg.warmup_teacher_temperature, cfg.teacher_temperature, cfg.warmup_teacher_temperature_epochs, epoch)
 
     def _signs(self, answers: Tensor, progress: Progress) -> dict[str, Tensor]:
@@ -172,7 +171,7 @@ class Dino(Task):
             scores, count = patches
             moved = self.patch_center.lerp(scores / count.clamp(min=1), 1 - self.cfg.center_momentum)
             torch.where(count > 0, moved, self.patch_center, out=self.patch_center)  # a batch may have no hidden patch
-        if progress.step < self.cfg.freeze_last_layer_epochs * progress.steps_per_epoch:
+        if progress.epoch < self.cfg.freeze_last_layer_epochs:
             for parameter in (p for layer in self.student.last_layers for p in layer.parameters()):
                 parameter.grad = None  # without a gradient an optimizer does not decay it either
 

@@ -79,10 +79,13 @@ class KdConfig(TaskConfig):
         if self.teacher is not None or not self.uses_teacher:
             return []
         alone = KdConfig(weight=0.0, label_smoothing=self.label_smoothing)
+        # Frozen parts, and rates of some parameters, speak of the student, which may start from somewhere: all of the teacher is new.
+        stages = [dataclasses.replace(stage, freeze_to=None) for stage in run.loop.stages]
+        loop = dataclasses.replace(run.loop, freeze_to=None, freeze=[], freeze_batchnorm=False, stages=stages)
         teacher = dataclasses.replace(
             run, name=f"teacher-{self.teacher_model}".replace("/", "-"), version="s0", seed=0, resume=Resume.auto, init_from=None,
-            task=alone, model=TimmModel(name=self.teacher_model),
-            optimizer=dataclasses.replace(run.optimizer, rules=[], layer_decay=None),  # which speak of the student's parameters
+            task=alone, model=TimmModel(name=self.teacher_model), loop=loop,
+            optimizer=dataclasses.replace(run.optimizer, rules=[], layer_decay=None, backbone_lr=None),
         )  # fmt: skip
         return [teacher]
 

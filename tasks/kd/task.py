@@ -13,7 +13,7 @@ from tasks.kd import losses
 from tasks.kd.config import KdConfig
 from trainer.evaluation import Mean
 from trainer.labels import Labelled, best_five, competitors, label_scores
-from trainer.probe import features_and_output
+from trainer.probe import Asked
 from trainer.task import Batch, Progress, StepOutput, Task
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Kd(Task):
         self.main_metric, self.higher_is_better = ("val/top1", True) if labelled else ("val/loss", False)
         # In a plain list: what is no part of this module is neither saved nor averaged, and DDP does not see it.
         self.teachers = list(teachers)
+        self.asked = (Asked(model),)
         widths = [t.width for t in teachers] if cfg.uses_features else []
         self.projections = nn.ModuleList([nn.Identity() if w == student_width else nn.Linear(student_width, w) for w in widths])
         if cfg.method == "deit":
@@ -53,7 +54,9 @@ class Kd(Task):
         return () if self.teachers else ("projections",)
 
     def compiled_parts(self) -> Sequence[nn.Module]:
-        return [self.model, *(t.network for t in self.teachers)]
+        """What is called: with features, it is not the networks' own forward passes. TorchScript is compiled already, in its own way."""
+        ours = self.asked[0] if self.cfg.uses_features else self.model
+        return [ours, *(t.called for t in self.teachers if not isinstance(t.network, torch.jit.ScriptModule))]
 
     def training_step(self, batch: Batch, progress: Progress) -> StepOutput:
         said, weight = self._student(batch["image"]), self.cfg.weight
@@ -72,7 +75,7 @@ class Kd(Task):
         return StepOutput(loss, metrics)
 
     def _student(self, images: Tensor) -> Said:
-        features, output = features_and_output(self.model, images) if self.cfg.uses_features else (None, self.model(images))
+        features, output = self.asked[0](images) if self.cfg.uses_features else (None, self.model(images))
         logits, to_teacher = output if isinstance(output, tuple) else (output, output)
         return Said(logits, to_teacher, features)
 

@@ -21,7 +21,7 @@ from trainer.config.names import nearest
 from trainer.errors import ConfigError, Problem, TrainyardError
 from trainer.inference import load_task
 from trainer.pretrained import first_line, timm_weights_within_reach
-from trainer.probe import features_and_output
+from trainer.probe import Asked
 
 
 class Answer(NamedTuple):
@@ -44,6 +44,7 @@ class Teacher:
     def __init__(self, network: nn.Module, look: Look, students: Look, classes: Sequence[str] = (), *, name: str, features: bool) -> None:
         """`students`: how the images look that it is given. `features`: whether those are wanted beside the logits."""
         self.network = network
+        self.called = Asked(network) if features else network
         for parameter in network.parameters():  # one by one: TorchScript has no requires_grad_ of its own
             parameter.requires_grad_(False)
         self.look, self.students = look, students
@@ -55,10 +56,11 @@ class Teacher:
     def __call__(self, images: Tensor) -> Answer:
         """`images`: as the student sees them, [N, C, S, S]."""
         if images.device != self.device:
-            self.network, self.device = self.network.to(images.device), images.device
+            self.network.to(images.device)
+            self.device = images.device
         with torch.inference_mode():
             seen = self._as_known(images)
-            features, output = features_and_output(self.network, seen) if self.features else (None, self.network(seen))
+            features, output = self.called(seen) if self.features else (None, self.called(seen))
         # Autograd may keep what it is compared with, which it refuses to do with a tensor out of inference mode.
         return Answer(output.clone(), None if features is None else features.clone())
 

@@ -35,7 +35,7 @@ class MimConfig(TaskConfig):
     method: str = setting(
         "mae",
         "mae: a ViT sees the visible patches only, a small decoder the rest; crossmae: the same with a decoder that fills in some hidden patches, "
-        "each by itself; simmim: any ViT or Swin sees a token in the place of each hidden patch; fcmae: a ConvNeXt sees nothing in their place",
+        "each by itself; simmim: a ViT, BEiT, EVA, Swin or Hiera sees a token in the place of each hidden patch; fcmae: a ConvNeXt sees nothing in their place",
         choices=list(RATIOS),
     )
     mask_ratio: float | None = setting(
@@ -145,7 +145,11 @@ class MimConfig(TaskConfig):
             yield Problem("task.mask_ratio", self.ratio, reason, fix)
 
 
-def no_transformer(name: str, method: str = "mae") -> Problem:
+def no_transformer(name: str, method: str = "mae", *, patches: bool = False) -> Problem:
+    """`patches`: it begins with them, as BEiT, EVA, Swin and Hiera do, which need every place on the way through their blocks."""
+    if patches:
+        reason = f"{method} shows its encoder the visible patches alone, which takes a plain ViT of timm's; this network counts on all being there"
+        return Problem("model.name", name, reason, "task.method=simmim, which takes networks of patches, or model=vit_s")
     reason = f"{method} shows its encoder the visible patches alone, which takes a plain ViT of timm's; a convolution would see the holes"
     fix = "model=vit_s, or task.method=fcmae for a ConvNeXt, or task.method=simmim model=timm model.name=swin_tiny_patch4_window7_224"
     return Problem("model.name", name, reason, fix)

@@ -43,7 +43,7 @@ class Mae(Mim):
 
         # A network that goes another way through its blocks than a plain ViT would not be shown what is meant here.
         if not isinstance(model, VisionTransformer) or type(model).forward_features is not VisionTransformer.forward_features:
-            raise ConfigError(no_transformer(cfg.name))
+            raise ConfigError(no_transformer(cfg.name, patches=hasattr(model, "patch_embed")))
         return int(model.patch_embed.patch_size[0])
 
     def losses(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:

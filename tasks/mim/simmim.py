@@ -1,5 +1,5 @@
 """SimMIM (arXiv:2111.09886): the whole image goes through the encoder, a learned token in the place of each hidden patch; one
-linear layer predicts pixels."""
+linear layer predicts pixels. Encoders are networks that begin with patches: ViT, BEiT, EVA, Swin, Hiera."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class SimMim(Mim):
 
     @staticmethod
     def patch_of(model: nn.Module, cfg: ModelConfig) -> int:
+        if _is_hiera(model):
+            return _patch_of_hiera(model, cfg)
         projection = getattr(getattr(model, "patch_embed", None), "proj", None)
         if not isinstance(projection, nn.Conv2d) or projection.kernel_size != projection.stride or not _gives_tokens(model, projection):
             reason = (
@@ -63,27 +65,53 @@ class SimMim(Mim):
     @contextmanager
     def _hidden(self, mask: Tensor) -> Iterator[None]:
         """Inside, the network's patches are what they are where `mask` is False, and the mask token elsewhere."""
+        embed: nn.Module = self.model.patch_embed  # type: ignore[assignment]
 
         def replace(part: nn.Module, inputs: tuple[Any, ...], patches: Tensor) -> Tensor:
             flat = patches.ndim == 3  # [N, L, D], or [N, h, w, D]
             here = (mask.flatten(1) if flat else mask).unsqueeze(-1)
             return torch.where(here, self.mask_token.to(patches.dtype), patches)
 
-        handle = self.model.patch_embed.register_forward_hook(replace)  # type: ignore[union-attr, arg-type]
+        def blank(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            pixels = masks.enlarged(mask.flatten(1), self.grid, self.patch).unsqueeze(1)  # [N, 1, H, W]
+            return inputs[0].masked_fill(pixels, 0.0), *inputs[1:]
+
+        handles = [embed.register_forward_hook(replace)]
+        if _is_hiera(self.model):  # its patches look beyond their edges: what is hidden is gone before them, as in its own MAE
+            handles.append(embed.register_forward_pre_hook(blank))
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _map(self, images: Tensor) -> Tensor:
         """The network's last feature map, [N, D, s, s]."""
         network: Any = self.model
         features = network.forward_features(images)
+        if _is_hiera(network):
+            features = network.reroll(features, len(network.blocks) - 1)  # [N, s, s, D]: in its blocks places are in another order
         if features.ndim == 3:  # a ViT's: class token and registers first
             patches = features[:, getattr(network, "num_prefix_tokens", 0) :]
             side = round(patches.shape[1] ** 0.5)
             return patches.transpose(1, 2).unflatten(2, (side, side))
         return features.permute(0, 3, 1, 2)
+
+
+def _is_hiera(model: nn.Module) -> bool:
+    from timm.models.hiera import Hiera
+
+    return isinstance(model, Hiera)
+
+
+def _patch_of_hiera(model: Any, cfg: ModelConfig) -> int:
+    """A step of its patches, which overlap; its attention and its pooling take images of whole windows."""
+    patch, window = int(model.patch_stride[0]), int(model.patch_stride[0] * model.mask_unit_size[0])
+    size = int(model.tokens_spatial_shape[0] * patch)
+    if any(side % unit for side, unit in zip(model.tokens_spatial_shape, model.mask_unit_size, strict=True)):
+        reason = f"{cfg.name} looks at windows of {window} pixels, and an image has whole ones"
+        raise ConfigError(Problem("dataset.image_size", size, reason, f"dataset.image_size={max(1, round(size / window)) * window}"))
+    return patch
 
 
 def _gives_tokens(model: nn.Module, projection: nn.Conv2d) -> bool:

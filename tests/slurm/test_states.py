@@ -15,6 +15,7 @@ import pytest
 
 from tests.slurm import light_job
 from tests.slurm.conftest import LARGEST_ARRAY, started
+from tests.thresholds import FAILURE_SECONDS
 from tests.trainer.sweep import light, light_search
 from trainer.config.launcher import SlurmLauncherConfig
 from trainer.errors import ConfigError, Problem
@@ -148,8 +149,18 @@ def test_a_rank_killed_on_the_other_node_ends_the_job(slurm, sweep):
     hosts = {(path(manifest) / f"rank{rank}").read_text().split()[0] for rank in range(2)}
     assert len(hosts) == 2
     os.kill(int(other.read_text().split()[2]), signal.SIGKILL)
-    slurm.comes(job, "FAILED")
+    slurm.comes(job, "FAILED", seconds=FAILURE_SECONDS)
     assert how(manifest) == ["failed"]
+
+
+def test_started_once_more_when_it_is_done_it_ends_at_once(slurm, sweep):
+    manifest = sweep("work 0")
+    submit(manifest)
+    slurm.until(lambda: how(manifest) == ["completed"], "done")
+    with driving(manifest.path):
+        ours._submit(manifest, manifest.jobs, held=False, canary=False)
+    slurm.comes(str(manifest.jobs[0].job_id), "COMPLETED", seconds=FAILURE_SECONDS)
+    assert runs(manifest) == 1
 
 
 def test_the_controller_restarts_and_accounting_is_away(slurm, sweep, monkeypatch):
@@ -179,6 +190,31 @@ def test_a_launcher_killed_after_sbatch_queues_nothing_twice(slurm, sweep, capsy
     manifest = Manifest.load(manifest.path)
     slurm.until(lambda: how(manifest) == ["completed"] * 3, "all done")
     assert [runs(manifest, n) for n in range(3)] == [1, 1, 1]
+
+
+def test_where_the_queue_does_not_answer_nothing_is_queued(slurm, sweep, monkeypatch):
+    """Whoever cannot ask what is in the queue must not put it there a second time."""
+    manifest = sweep("work 3")
+    (job,) = submit(manifest)
+    monkeypatch.setattr(cluster, "queue", lambda: None)
+    manifest.jobs[0].job_id = None  # as where the launcher died before it was told
+    manifest.save()
+    with pytest.raises(ConfigError, match="does not say what it has in its queue"):
+        verbs.resume([str(manifest.path)])
+    slurm.comes(job, "COMPLETED")
+    assert runs(manifest) == 1
+
+
+def test_a_second_copy_of_a_running_job_says_nothing_of_the_first(slurm, sweep):
+    manifest = sweep("work 60")
+    (first,) = submit(manifest)
+    slurm.until(lambda: runs(manifest), "it runs")
+    with driving(manifest.path):
+        ours._submit(manifest, manifest.jobs, held=False, canary=False)
+    slurm.comes(str(manifest.jobs[0].job_id), "FAILED")
+    assert manifest.directory(manifest.jobs[0]).read_status()["state"] == "running"
+    slurm("scancel", first)
+    slurm.comes(first, "CANCELLED")
 
 
 def _submit_and_die(manifest: Manifest, after: int) -> None:
@@ -283,14 +319,26 @@ def test_a_search_goes_on_when_its_launcher_is_killed(slurm, tmp_path, monkeypat
     slurm.comes(str(bad.job_id), "COMPLETED")  # and is not queued again
 
 
+def test_a_cancelled_canary_keeps_nobody_waiting_for_ever(slurm, sweep):
+    manifest = sweep("count 1200", "work 0", "work 0", canary=True, canary_steps=1000)
+    first, *others = submit(manifest)
+    slurm.until(lambda: runs(manifest), "the first running")
+    slurm("scancel", first)
+    slurm.until(lambda: cluster.words([first]).get(first) == "CANCELLED", "the first gone")
+    assert runs(manifest, 1) == 0
+    verbs.resume([str(manifest.path)])
+    assert [slurm.comes(job, "COMPLETED") for job in others] == ["COMPLETED"] * 2
+    assert how(manifest) == ["cancelled", "completed", "completed"]
+
+
 def test_canary(slurm, sweep):
-    manifest = sweep("work 3", "work 0", "work 0", canary=True, canary_steps=20)
+    manifest = sweep("count 100", "work 0", "work 0", canary=True, canary_steps=20)  # 20 steps a second
     bad = sweep("diverge", "work 0", canary=True)
     ids, others = submit(manifest), submit(bad)
     assert how(manifest)[1:] == ["queued", "queued"]
     assert [slurm.comes(job, "COMPLETED") for job in ids] == ["COMPLETED"] * 3
     began = [float((path(manifest, n) / light.RAN).read_text()) for n in range(3)]
-    assert min(began[1:]) > began[0]
+    assert began[0] + 1 <= min(began[1:]) < began[0] + 5, "not before step 20, nor only at its end"
     slurm.comes(others[0], "FAILED")
     slurm.until(lambda: how(bad) == ["failed", "held"], "the rest held")
     slurm.until(lambda: cluster.words(others).get(others[1]) in ("CANCELLED", cluster.GONE), "the rest cancelled")

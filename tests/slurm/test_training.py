@@ -75,8 +75,7 @@ def in_wandb(server: StubServer, manifest: Manifest, directory: RunDirectory) ->
     return [row[STEP] for row in server.history[run_id] if "train/loss" in row]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("interruption", ["a node fails", "USR2"])
+@pytest.mark.parametrize("interruption", [pytest.param("a node fails", marks=pytest.mark.slow), "USR2"])
 def test_a_run_on_two_nodes_is_queued_again_and_ends_in_the_same_weights(slurm, environment, wandb, tmp_path, monkeypatch, interruption):
     """Told to stop it saves; when a node fails it cannot. In W&B it is one run, with every step once."""
     manifest = queue(tmp_path, "seed=5", "logger=wandb")

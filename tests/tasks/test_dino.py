@@ -27,7 +27,8 @@ from trainer.rundir import RunDirectory
 
 SHORT = ["task=dino", "loop.batch_size=8", "loop.samples_per_epoch=24", "loop.epochs=2", "loop.log_every=1", "loop.progress=none", "logger.plots=false",
          "loop.max_validation_batches=2", "loop.max_reference_images=32", "dataset.num_workers=0", "scheduler.warmup_epochs=0",
-         "task.out_dim=32", "task.hidden_dim=32", "task.bottleneck_dim=16", "augmentation.local_crops=2"]  # fmt: skip
+         "task.out_dim=32", "task.hidden_dim=32", "task.bottleneck_dim=16", "augmentation.local_crops=2",
+         "task.centering=mean"]  # the papers': as it comes, the task balances instead  # fmt: skip
 VIT = ["model=timm", "model.name=test_vit", "model.patch_size=4", "dataset.image_size=16"]
 CONVNET = ["model=timm", "model.name=test_resnet", "dataset.image_size=32", "augmentation.local_size=24"]
 RUNS = {
@@ -35,7 +36,14 @@ RUNS = {
     "convnet": CONVNET,
     "micro-batches": [*VIT, "loop.accumulate=2", "precision=bf16"],
     "ibot": [*VIT, "task.method=ibot", "model.drop_path_rate=0.2"],
-    "dinov2": [*VIT, "task.method=dinov2", "optimizer.weight_decay_end=0.4", "loop.max_grad_norm=0.1", "loop.clip_mode=parameter"],
+    "dinov2": [
+        *VIT,
+        "task.method=dinov2",
+        "task.centering=sinkhorn",
+        "optimizer.weight_decay_end=0.4",
+        "loop.max_grad_norm=0.1",
+        "loop.clip_mode=parameter",
+    ],
 }
 
 
@@ -96,6 +104,7 @@ def test_two_ranks_are_one(method, tmp_path):
         *SHORT,
         *VIT,
         f"task.method={method}",
+        f"task.centering={'sinkhorn' if method == 'dinov2' else 'mean'}",
         "optimizer=sgd",
         "optimizer.lr=0.05",
         "loop.drop_last=false",
@@ -110,6 +119,14 @@ def test_two_ranks_are_one(method, tmp_path):
         )
     rows = [[r["train/loss"] for r in lines(tmp_path / d) if "train/loss" in r] for d in ("one", "two")]
     torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor(rows[1]), atol=1e-5, rtol=0)
+
+
+def test_schedules_are_the_runs_whatever_stages_it_has(tmp_path):
+    """The temperature warms up over the epochs of the run, which differ in length from stage to stage."""
+    run(tmp_path, *VIT, "loop.epochs=3", "loop.stages=[{epochs: 1}, {epochs: 2, batch_size: 12}]", "task.teacher_temperature=0.04",
+        "task.warmup_teacher_temperature=0.02", "task.warmup_teacher_temperature_epochs=3")  # fmt: skip
+    heat = [row["train/teacher_temperature"] for row in lines(tmp_path) if "train/loss" in row]
+    assert heat == pytest.approx([0.02] * 3 + [0.03] * 2 + [0.04] * 2)
 
 
 def test_overfitting_one_batch_still_compares_views(tmp_path):
@@ -166,25 +183,45 @@ def test_attention_of_class_tokens_alone_is_the_networks_own():
     torch.testing.assert_close(maps.flatten(2), seen[0][:, :, 0, 1:])
 
 
-@pytest.mark.parametrize(
-    ("collapse", "says"),
-    [("alike", "the teacher finds all prototypes alike"), ("one", "the teacher says the same of nearly every image")],
-)
-def test_a_collapse_is_named_with_what_to_change(collapse, says, caplog):
-    task = make(*VIT, "dataset=synthetic", "dataset.num_classes=3").eval()
+COLLAPSES = {  # what happens: what is said of it, what is not, with which centering
+    "alike": ("the teacher finds all prototypes alike", "the same", "mean", "task.teacher_temperature=0.01"),
+    "one": ("the teacher says the same of nearly every image", "alike", "mean", "task.center_momentum=0.45"),
+    "one, balanced": ("the teacher says the same of nearly every image", "center_momentum", "sinkhorn", "loop.batch_size"),
+    "features": ("the features of all images point the same way", "center_momentum", "sinkhorn", "task.koleo_weight=0.1"),
+}
+
+
+@pytest.mark.parametrize("collapse", COLLAPSES)
+def test_a_collapse_is_named_with_what_to_change(collapse, caplog):
+    says, leaves_out, centering, helps = COLLAPSES[collapse]
+    task = make(*VIT, "dataset=synthetic", "dataset.num_classes=3", f"task.centering={centering}").eval()
     with torch.no_grad():
         if collapse == "alike":
             for p in task.teacher.head.parameters():
                 p.zero_()
             task.teacher.head.last_layer.weight_v.fill_(1.0)
+        elif collapse == "features":
+            task.teacher.backbone.norm.weight.fill_(1e-4)
+            task.teacher.backbone.norm.bias.fill_(1.0)
         else:
             task.center[1:] = 10.0
     evaluator = task.evaluator()
     with caplog.at_level(logging.WARNING), torch.no_grad():
         evaluator.update({"image": torch.randn(8, 3, 16, 16), "label": torch.zeros(8).long(), "index": torch.arange(8)})
         evaluator.compute()
-    assert says in caplog.text
-    assert "task.teacher_temperature=" in caplog.text
+    said = next(record.message for record in caplog.records if says in record.message)
+    assert helps in said
+    assert leaves_out not in said
+
+
+def test_a_network_that_has_not_learned_yet_has_not_collapsed(caplog):
+    task = make("model=xcit_micro").eval()
+    evaluator = task.evaluator()
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        evaluator.update({"image": torch.randn(8, 3, 32, 32), "label": torch.zeros(8).long(), "index": torch.arange(8)})
+        scores = evaluator.compute()
+    assert scores["feature_std"] < 0.05
+    assert "point the same way" not in caplog.text
 
 
 def test_without_labels_it_learns_and_watches_all_the_same(tmp_path):
@@ -244,6 +281,11 @@ BAD = {
     "augmentation": (["augmentation=basic"], "augmentation", "augmentation=dino"),
     "average": (["loop.ema_decay=0.9"], "loop.ema_decay", "task.momentum"),
     "warm-up": (["task.warmup_teacher_temperature_epochs=3"], "task.warmup_teacher_temperature_epochs", "ends after 2 epochs"),
+    "warm-up of stages": (
+        ["task.warmup_teacher_temperature_epochs=3", "loop.epochs=null", "loop.stages=[{epochs: 1}, {epochs: 1}]"],
+        "task.warmup_teacher_temperature_epochs",
+        "ends after 2 epochs",
+    ),
     "mask ratio": (["task.method=ibot", "task.mask_ratio=[0.5,0.1]"], "task.mask_ratio", "task.mask_ratio=[0.1,0.5]"),
     "convnet for ibot": (["task.method=ibot", "model=resnet18"], "model.name", "task.method=dino"),
 }

@@ -175,6 +175,15 @@ def test_the_last_layer_rests_and_the_teacher_follows():
     assert not any(p.requires_grad for p in task.teacher.parameters())
 
 
+def test_the_last_layer_rests_once_in_a_run_of_stages():
+    """A second stage of longer epochs, in steps, than the first was."""
+    task = small_task(freeze_last_layer_epochs=1)
+    progress = Progress(EPOCH, TOTAL, 3 * EPOCH, stage_start=EPOCH, epochs_before=1)
+    task(batch(0), progress).loss.backward()
+    task.before_update(progress)
+    assert task.student.head.last_layer.weight_v.grad is not None
+
+
 def test_the_teacher_draws_no_noise_and_normalises_by_the_batch():
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(Named(16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5))

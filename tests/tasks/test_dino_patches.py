@@ -83,14 +83,25 @@ def test_ibot_is_lightlys_over_ten_steps():
     assert task.mask_token.token.abs().max() > 0, "the mask token learns"
 
 
-def test_koleo_is_lightlys():
-    theirs, features = lightly.loss.KoLeoLoss(), torch.randn(12, 16, generator=torch.Generator().manual_seed(0))
-    a, b = features.clone().requires_grad_(), features.clone().requires_grad_()
-    ours, expected = koleo(a), theirs(b)
-    ours.backward()
-    expected.backward()
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+def test_koleo_is_lightlys_over_ten_steps():
+    """Loss and gradients of features that move apart and change their neighbours."""
+    theirs, draw = lightly.loss.KoLeoLoss(), torch.Generator().manual_seed(0)
+    ours, other = (torch.randn(12, 16, generator=draw.manual_seed(0)).mul_(0.1).add_(1).requires_grad_() for _ in range(2))
+    neighbours, losses = set(), []
+    for _ in range(TOTAL):
+        mine, expected = koleo(ours), theirs(other)
+        mine.backward()
+        expected.backward()
+        torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.grad, other.grad, atol=1e-5, rtol=1e-5)
+        unit = F.normalize(ours.detach(), dim=1)
+        neighbours.add(tuple((unit @ unit.T).fill_diagonal_(-2).argmax(1).tolist()))
+        losses.append(mine.item())
+        for x in (ours, other):
+            assert x.grad is not None
+            x.data.sub_(x.grad, alpha=1.0)
+            x.grad = None
+    assert losses[-1] < losses[0] and len(neighbours) > 2
 
 
 def test_balanced_assignments_are_lightlys():

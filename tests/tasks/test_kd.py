@@ -21,8 +21,9 @@ from tasks.kd.config import KdConfig
 from tasks.kd.task import Kd
 from tasks.kd.teachers import Look, Teacher
 from tests.processes import finish, logs, start, start_ranks
-from tests.test_exact import assert_same_run, last, stop_after
+from tests.test_exact import assert_close_runs, assert_same_run, last, stop_after
 from trainer import load_model
+from trainer.build import build_data, build_task
 from trainer.errors import ConfigError, Stopped
 from trainer.launch.compose import checked, compose, compose_run
 from trainer.run import train
@@ -324,6 +325,26 @@ def test_a_stopped_run_ends_in_the_same_bits_and_needs_no_teacher_to_be_used(ove
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
+DEIT = ["task.method=deit", "model.name=deit_tiny_distilled_patch16_224", "+model.args={embed_dim: 32, depth: 2, num_heads: 2}"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unused"),
+    [
+        (["task.method=soft", "task.feature_weight=1.0", "loop.samples_per_epoch=46", "loop.drop_last=false"], False),
+        (["task.method=embedding", "task.weight=1"], True),
+        ([*DEIT, "task.weight=1"], True),
+    ],
+)
+def test_two_ranks_train_what_one_does(overrides, unused, trained, tmp_path):
+    """Losses and weights, the projection of features too; parts that no gradient reaches are no hindrance."""
+    arguments = [*STUDENT, *overrides, f"task.teacher={trained}", "optimizer=sgd", "optimizer.lr=0.05", "loop.max_validation_batches=1"]
+    assert open_task(*arguments).find_unused_parameters == unused
+    both = start_ranks(tmp_path / "two", arguments, 2)
+    assert finish([start(tmp_path / "one", arguments), *both]) == [0, 0, 0], logs(tmp_path / "one") + logs(tmp_path / "two")
+    assert_close_runs(tmp_path / "one", tmp_path / "two")
+
+
 def test_without_a_teacher_one_is_trained_and_kept(tmp_path, monkeypatch):
     arguments = [*STUDENT, "task.teacher_model=test_resnet", f"runs_dir={tmp_path}"]
     run = compose_run(*arguments)
@@ -341,6 +362,19 @@ def test_without_a_teacher_one_is_trained_and_kept(tmp_path, monkeypatch):
     other = train(compose_run(*arguments, "seed=5"))
     assert other["last"]["val/top1"] >= 0
     assert (place / "checkpoints" / "last.pt").stat().st_mtime_ns == written, "another seed's student learns from the same"
+
+
+def test_a_teacher_of_its_own_is_not_frozen_as_the_student_is(tmp_path):
+    """The same run as for a student that trains whole, where all of it trains."""
+    frozen = ["loop.freeze_to=blocks.2", "loop.freeze=[patch_embed]", "loop.stages=[{epochs: 1, freeze_to: blocks.4}, {epochs: 1}]",
+              "optimizer.backbone_lr=1e-5"]  # fmt: skip
+    arguments = [*STUDENT, "task.teacher_model=test_resnet", f"runs_dir={tmp_path}"]
+    plain, run = compose_run(*arguments, "loop.stages=[{epochs: 1}, {epochs: 1}]"), compose_run(*arguments, *frozen)
+    (needed,) = run.task.prerequisites(run)
+    assert run_directory(needed) == run_directory(plain.task.prerequisites(plain)[0])
+    assert run.loop.stages[0].freeze_to == "blocks.4", "the student's stay"
+    task = build_task(needed, build_data(needed), torch.device("cpu"), 1)
+    assert all(p.requires_grad for p in task.parameters())
 
 
 def test_runs_that_need_the_same_teacher_wait_for_whoever_trains_it(tmp_path):

@@ -32,6 +32,12 @@ BEIT = ["model=timm", "model.name=beitv2_base_patch16_224", "model.patch_size=8"
         "+model.args={embed_dim: 24, depth: 2, num_heads: 2}"]  # fmt: skip
 EVA = ["model=timm", "model.name=eva02_tiny_patch14_224", "model.patch_size=8", "dataset.image_size=32",
        "+model.args={embed_dim: 24, depth: 2, num_heads: 2}"]  # fmt: skip
+HIERA = [
+    "model=timm",
+    "model.name=hiera_tiny_224",
+    "dataset.image_size=64",
+    "+model.args={embed_dim: 16, stages: [1, 1, 2, 1], num_heads: 1}",
+]
 CONVNEXT = ["model=convnextv2_micro", "model.args={depths: [1, 1, 1, 1], dims: [4, 6, 8, 10]}", "dataset.image_size=32", "task.method=fcmae",
             "task.decoder_dim=12"]  # fmt: skip
 SHORT = ["loop.batch_size=16", "loop.samples_per_epoch=48", "loop.epochs=2", "loop.log_every=1", "loop.progress=none", "logger.plots=false",
@@ -115,7 +121,7 @@ def test_simmim_is_transformers_vit():
 
 def test_simmim_is_transformers_swin():
     transformers = pytest.importorskip("transformers")
-    task = make(*SWIN, "task.method=simmim", "task.mask_unit=8", "model.drop_path_rate=0").eval()
+    task = make(*SWIN, "task.method=simmim", "task.mask_unit=8", "model.drop_path_rate=0").train()
     other = transformers.SwinForMaskedImageModeling(
         transformers.SwinConfig(
             image_size=32, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, encoder_stride=4, drop_path_rate=0.0
@@ -180,7 +186,8 @@ def test_patches_and_back():
     [
         VIT, [*VIT, "task.method=simmim"], [*SWIN, "task.method=simmim"], [*VIT, "task.mask_unit=8", "task.mask=block"],
         [*VIT, "task.method=crossmae"], [*CONVNEXT, "task.mask_unit=16"], [*CONVNEXT, "+model.args.output_stride=8", "model.patch_size=4"],
-        [*BEIT, "task.method=simmim"], [*EVA, "task.method=simmim"],
+        [*BEIT, "task.method=simmim"], [*EVA, "task.method=simmim"], [*HIERA, "task.method=simmim"],
+        [*HIERA, "task.method=simmim", "task.mask_unit=32", "task.mask=block", "+model.args.q_pool=2"],
     ],
 )  # fmt: skip
 def test_hidden_pixels_do_not_reach_the_prediction(overrides):
@@ -194,6 +201,24 @@ def test_hidden_pixels_do_not_reach_the_prediction(overrides):
         _, other = task.losses(x.where(hidden, 7.0), order)
     assert torch.equal(before, same)
     assert not torch.allclose(before, other)
+
+
+@pytest.mark.parametrize("network", [VIT, SWIN, BEIT, EVA, HIERA, [*HIERA, "+model.args.q_pool=2"]])
+def test_every_weight_learns_and_a_place_of_the_map_is_where_it_is_in_the_image(network):
+    """Without gradients that never come, which ranks would wait for; and places are not mixed up on the way to the pixels."""
+    task = make(*network, "task.method=simmim")
+    size = task.grid[0] * task.patch
+    task.training_step({"image": images(size), "key": KEYS}, START).loss.backward()
+    assert [name for name, p in task.named_parameters() if p.requires_grad and p.grad is None] == []
+    side = size // task.stride
+    x = images(size, 1).requires_grad_()
+    features = task.eval()._map(x)
+    assert features.shape[2:] == (side, side)
+    if side > 1:
+        for row, column in ((0, 0), (0, side - 1), (side - 1, 0)):
+            (moved,) = torch.autograd.grad(features[0, :, row, column].square().sum(), x, retain_graph=True)
+            weight = moved.square().sum((0, 1)).unflatten(0, (side, -1)).unflatten(2, (side, -1)).sum((1, 3))  # by places
+            assert weight.argmax() == row * side + column
 
 
 def test_mae_encodes_a_quarter():
@@ -218,6 +243,8 @@ def test_filled_images_keep_what_was_visible():
     "overrides",
     [
         [*VIT, "task.method=simmim", "precision=bf16"],
+        [*SWIN, "task.method=simmim", "model.drop_path_rate=0.2", "loop.activation_checkpointing=true"],
+        [*HIERA, "task.method=simmim", "precision=bf16", "loop.activation_checkpointing=true"],
         [*VIT, "task.mask=block", "task.mask_unit=8", "loop.accumulate=2", "loop.activation_checkpointing=true"],
         [*VIT, "task.method=crossmae", "precision=bf16", "loop.activation_checkpointing=true"],
         [*CONVNEXT, "precision=bf16", "loop.activation_checkpointing=true", "model.drop_path_rate=0.2"],
@@ -322,8 +349,9 @@ def test_what_cannot_work_is_said_with_the_way_out(overrides, key, fix):
         (["model=timm", "model.name=test_convnext", "task.method=simmim"], "patches that do not overlap"),
         (["model=timm", "model.name=test_resnet"], "plain ViT"),
         ([*VIT, "task.decoder_dim=30"], "task.decoder_dim"),
-        (["model=timm", "model.name=hiera_tiny_224", "dataset.image_size=224"], "plain ViT"),
-        (["model=timm", "model.name=hiera_tiny_224", "dataset.image_size=224", "task.method=simmim"], "patches that do not overlap"),
+        (HIERA, r"plain ViT(?s:.*)try: task.method=simmim"),
+        (BEIT, r"plain ViT(?s:.*)try: task.method=simmim"),
+        ([*HIERA, "dataset.image_size=112", "task.method=simmim"], r"windows of 32 pixels(?s:.*)dataset.image_size=128"),
         (["model=timm", "model.name=nest_tiny_jx", "dataset.image_size=224", "task.method=simmim"], "patches that do not overlap"),
         (["model=timm", "model.name=convnext_nano_ols", "dataset.image_size=64", "task.method=fcmae"], "ConvNeXt of timm's that begins"),
         (["model=small_resnet", "task.method=fcmae"], "ConvNeXt of timm's that begins"),

@@ -98,6 +98,17 @@ def test_drop_rates_reach_the_network() -> None:
     assert [round(b.drop_path1.drop_prob, 2) for b in model.blocks[1:]][-1] == 0.2
 
 
+def test_no_stochastic_depth_can_be_asked_for_where_a_network_has_its_own() -> None:
+    """Swin comes with 0.1, and keeps it unless it is told otherwise; zero is no hindrance where there is nothing to drop."""
+    small: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
+    rates = []
+    for rate in (None, 0.0):
+        model: Any = build(TimmModel(name="swin_tiny_patch4_window7_224", drop_path_rate=rate, args=small), size=224)
+        rates.append(max(getattr(part, "drop_prob", 0.0) for part in model.modules()))
+    assert rates == pytest.approx([0.1, 0.0])
+    build(TimmModel(name="vgg11", drop_rate=0.0, drop_path_rate=0.0))
+
+
 def test_further_arguments_reach_the_network() -> None:
     assert build(TimmModel(name="test_vit", args={"class_token": False, "global_pool": "avg"})).cls_token is None
 

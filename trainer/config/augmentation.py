@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @dataclass
 class AugmentationConfig:
     """What every augmentation has. Decoding, cropping and resizing happen in the loader's workers and end in uint8;
-    flips, colour, mixing and normalisation run on the device, a batch at a time, still keyed by sample."""
+    flips, colour, mixing and normalisation run on the device, a batch at a time, still keyed by sample. Policies of random
+    operations, affine maps and mosaics are the workers' too, one image at a time."""
 
     views: ClassVar[bool] = False  # gives several views of an image, for tasks that ask for them
     moves_pixels: ClassVar[bool] = False  # otherwise than by the crop and the flip, which boxes, parts and masks follow

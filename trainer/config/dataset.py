@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from trainer.config.fields import setting
 from trainer.errors import Problem
@@ -30,6 +31,7 @@ class DatasetConfig:
 
     offers: ClassVar[frozenset[str]] = frozenset({"image", "label"})
     on_disk: ClassVar[bool] = True
+    splits = ("train", "val")  # those that have to be there; of whoever needs only one of them, `alone`
     tiny: ClassVar[bool] = False  # a few pixels, and left and right differ, as in digits: no mirror images, no small pieces
 
     path: str | None = setting(None, "where the data lie; required for every dataset on disk")
@@ -40,6 +42,13 @@ class DatasetConfig:
         "auto", "processes that load data, per rank; auto = from the cores this rank may use", ge=0, words=["auto"], identity=False
     )
     prefetch: int = setting(2, "batches each worker keeps ready", ge=1, identity=False)
+    keep_mb: int = setting(
+        0,
+        "memory of each loader process, in MB, for samples that it does not decode again: those that leave it the same each time, so of training "
+        "images those that are not cut at random",
+        ge=0,
+        identity=False,
+    )
     mean: list[float] = setting([0.485, 0.456, 0.406], "mean per channel of images in [0, 1], subtracted", identity=True)
     std: list[float] = setting([0.229, 0.224, 0.225], "standard deviation per channel, divided by", gt=0)
     repeats: int = setting(
@@ -55,7 +64,10 @@ class DatasetConfig:
     )
     train_fraction: float = setting(1.0, "use this fraction of the training samples, the same for every epoch", gt=0, le=1)
     max_bad_samples: int = setting(
-        100, "give up (exit 3) after this many samples that one rank cannot read; each is replaced by another", ge=0, identity=False
+        100,
+        "give up (exit 3) after this many samples that cannot be read, all ranks together; each is replaced by another",
+        ge=0,
+        identity=False,
     )
     worker_timeout: float = setting(
         300.0,
@@ -72,9 +84,18 @@ class DatasetConfig:
         """What is known before reading images. Raises OSError where files are missing."""
         return Facts()
 
-    def to_evaluate(self) -> DatasetConfig:
-        """The same data for who wants to measure on them and not to train: perhaps there is only one split."""
-        return self
+    def alone(self, split: str) -> Self:
+        """The same data for whoever needs only one split of them: the other need not be there."""
+        one = copy.copy(self)
+        one.splits = (split,)
+        return one
+
+    def facts_of(self, source: Callable[[str], Source]) -> Facts:
+        """What the splits that are needed tell, given how one is opened."""
+        found = {split: source(split) for split in self.splits}
+        counts = {f"num_{split}": len(of_split) for split, of_split in found.items()}
+        one = found[self.splits[0]]
+        return Facts(num_classes=len(one.classes), channels=one.channels, **counts)
 
     def problems(self) -> Iterator[Problem]:
         if self.on_disk and not self.path:

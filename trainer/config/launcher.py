@@ -51,7 +51,8 @@ class LocalLauncherConfig(LauncherConfig):
         yield from super().problems()
         from trainer.surroundings import usable_cores, visible_gpus
 
-        slots, gpus, cores = self.slots or 1, self.gpus_per_job or 0, self.cores_per_job or 1
+        slots, cores = self.slots or 1, self.cores_per_job or 1
+        gpus = (1 if visible_gpus() else 0) if self.gpus_per_job is None else self.gpus_per_job
         if slots * gpus > visible_gpus():
             yield Problem(
                 "hydra.launcher.gpus_per_job", gpus, f"{slots} x {gpus} GPUs are asked for, and there are {visible_gpus()} here",

@@ -79,8 +79,15 @@ class TimmModel(ModelConfig):
     source: str = setting(
         "timm", "who has the network: timm, or huggingface, where name is a DINOv2 repository of the hub or its folder", choices=["timm", "huggingface"]
     )  # fmt: skip
-    drop_rate: float = setting(0.0, "dropout before the classifier, as a probability", ge=0, lt=1)
-    drop_path_rate: float = setting(0.0, "stochastic depth of the last block, as a probability (arXiv:1603.09382)", ge=0, lt=1)
+    drop_rate: float | None = setting(
+        None, "dropout before the classifier, as a probability; null = the network's own, which is mostly 0", ge=0, lt=1
+    )
+    drop_path_rate: float | None = setting(
+        None,
+        "stochastic depth of the last block, as a probability (arXiv:1603.09382); null = the network's own: mostly 0, 0.1 of Swin, TinyViT and FocalNet, 0.5 of NesT",
+        ge=0,
+        lt=1,
+    )
     conv_stem: list[int] | None = setting(
         None,
         "vision transformers: channels of 3 x 3 convolutions of stride 2 in place of the patches, which learn faster from few images (arXiv:2106.14881); null = patches",

@@ -15,6 +15,7 @@ import numpy as np
 from trainer.config.dataset import DatasetConfig
 from trainer.data.source import BadSample, Source, encoded
 
+BAD_SHOWN = 20  # samples of a split that cannot be read; a file has them all
 READERS = 4  # threads: decoders let go of the interpreter's lock
 
 
@@ -105,16 +106,23 @@ def shared_between(a: Split, b: Split) -> list[tuple[str, str]]:
 
 
 def describe(config: DatasetConfig, out: Path | None = None, limit: int | None = None, say: Callable[[str], object] = print) -> list[Split]:
-    """Look through both splits of a dataset, tell what is there, and draw it into `out`/data.png."""
-    splits = [describe_source(config.build(name), name, limit) for name in ("train", "val")]
+    """Look through the splits of a dataset, tell what is there, and draw it into `out`/data.png.
+
+    What cannot be read is all in `out`/bad.txt, one sample a line, where there is more of it than is told.
+    """
+    splits = [describe_source(config.build(name), name, limit) for name in config.splits]
     for split in splits:
         for line in _lines(split):
             say(line)
-    both = shared_between(*splits)
+    both = shared_between(*splits) if len(splits) == 2 else []
     if both:
         say(f"{len(both)} images are in both splits, byte for byte: {_few(f'{a} = {b}' for a, b in both)}")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+        bad = [line for split in splits for line in split.bad]
+        if any(len(split.bad) > BAD_SHOWN for split in splits):
+            (out / "bad.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8", errors="surrogateescape")
+            say(f"all {len(bad)} that cannot be read: {out / 'bad.txt'}")
         _draw(splits, out / "data.png")
         say(f"drawn: {out / 'data.png'}")
     return splits
@@ -140,7 +148,9 @@ def _lines(split: Split) -> Iterable[str]:
         yield f"  {sum(len(names) - 1 for names in split.duplicates)} duplicates: {_few(' = '.join(names[:3]) for names in split.duplicates)}"
     if split.bad:
         yield f"  {len(split.bad)} that cannot be read:"
-        yield from (f"    {bad}" for bad in split.bad[:20])
+        yield from (f"    {bad}" for bad in split.bad[:BAD_SHOWN])
+        if len(split.bad) > BAD_SHOWN:
+            yield f"    … and {len(split.bad) - BAD_SHOWN} more"
 
 
 def _few(names: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ from trainer.data.table import Column, Strings, Table, read_table_and_note
 logger = logging.getLogger(__name__)
 
 FOLDER = ".trainyard"
-VERSION = 1  # raise it when what a scan writes changes its meaning
+VERSION = 2  # raise it when what a scan writes changes its meaning
 # A file system's clock ticks in up to 2 s (FAT), so a change this soon after a scan may leave the same time behind.
 SETTLED = 2_000_000_000  # ns
 ALL_FILES = "*"  # in a watched path: the newest time and the total size of a directory's files
@@ -34,7 +34,7 @@ class Watch:
     """What a scan looked at: when one of these changes, the index is scanned again.
 
     A directory's time changes with every file that comes, goes or is renamed; a file's with every write. A file that is
-    overwritten in place inside a watched directory is not noticed: delete `.trainyard/` after doing that.
+    overwritten in place inside a watched directory is not noticed (`add_files` would): delete `.trainyard/` after doing that.
     """
 
     def __init__(self, directory: Path) -> None:

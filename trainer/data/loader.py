@@ -58,12 +58,13 @@ def train_loader(
     max_bad_samples: int = 100,
     num_classes: int | None = None,
     timeout: float = TIMEOUT,
+    keep: int = 0,
 ) -> Loader:
     """This rank's micro-batches from optimizer step `start_step` on, without end."""
     divide = getattr(source, "divide", None)
     if divide is not None:  # a stream of shards is told who will read it
         divide(world.rank, world.size, workers)
-    reading = Reading(source, augmentation, rows=order.rows, replace=True)
+    reading = Reading(source, augmentation, rows=order.rows, replace=True, keep=keep)
     rows = ceil(ceil(order.batch_size / world.size) / accumulate) + 1  # a cut may fall one to the right
 
     def draws() -> Iterator[Draw]:
@@ -89,6 +90,7 @@ def validation_loader(
     seed: int = 0,
     max_batches: int | None = None,
     timeout: float = TIMEOUT,
+    keep: int = 0,
 ) -> Loader:
     """Every sample exactly once over all ranks, in batches of `batch_size` per rank; bad ones are left out."""
     size = len(source)
@@ -100,7 +102,7 @@ def validation_loader(
             yield Draw(0, index, zeros, sample_keys(seed, VALIDATION, index, zeros), len(index))
 
     augmentation.num_classes = num_classes
-    reading = Reading(source, augmentation, replace=False)
+    reading = Reading(source, augmentation, replace=False, keep=keep)
     bad = BadSamples(max_bad_samples, "validation")
     loader = Loader(
         draws,

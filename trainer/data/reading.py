@@ -15,7 +15,7 @@ from trainer.errors import DataError
 from trainer.random import SampleRandom, fold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from trainer.data.augment import Augmentation, Made
     from trainer.data.order import Draw
@@ -100,9 +100,10 @@ class Reading:
     Args:
         rows: the places in the source that a replacement is drawn from; None = all.
         replace: put another sample in the place of a bad one; otherwise it is left out.
+        keep: bytes of samples that each process keeps, where the augmentation is `constant`: makes the same of a sample each time.
     """
 
-    def __init__(self, source: Source, augmentation: Augmentation, *, rows: np.ndarray | None = None, replace: bool) -> None:
+    def __init__(self, source: Source, augmentation: Augmentation, *, rows: np.ndarray | None = None, replace: bool, keep: int = 0) -> None:
         self.source, self.augmentation, self.rows, self.replace = source, augmentation, rows, replace
         self.in_main_process = True
         self.names: frozenset[str] = frozenset()  # of a sample's fields; learned from the first
@@ -110,6 +111,8 @@ class Reading:
         self.others = getattr(augmentation, "others", None)
         # An augmentation that cuts before it decodes wants images with their pixels still unread.
         self.lazy = bool(getattr(augmentation, "lazy", False)) and hasattr(source, "lazy")
+        self.room = keep if getattr(augmentation, "constant", False) else 0  # bytes
+        self.kept: dict[int, dict[str, Any]] = {}
 
     def layout(self, sample: dict[str, Any], rows: int) -> Layout:
         """How batches look whose samples are all like this one."""
@@ -168,10 +171,15 @@ class Reading:
         return number % len(self.source) if self.rows is None else int(self.rows[number % len(self.rows)])
 
     def _one(self, index: int, key: int, epoch: int, bad: list[tuple[str, str]]) -> dict[str, Any]:
+        if index in self.kept:
+            return self.kept[index]
         random = SampleRandom(key, restores=self.in_main_process)
         augmentation: Any = self.augmentation
         if self.others is None or not self.others(random, epoch):
-            return augmentation.sample(self._raw(index), random)
+            sample = augmentation.sample(self._raw(index), random)
+            if self.room > 0:
+                self._keep(index, sample)
+            return sample
 
         def other(number: int, use: Callable[[Sample], Made]) -> Made:
             for attempt in range(ATTEMPTS):
@@ -183,6 +191,12 @@ class Reading:
             raise _hopeless(bad)
 
         return augmentation.together(self._raw(index), other, random)
+
+    def _keep(self, index: int, sample: dict[str, Any]) -> None:
+        size = sum(value.nbytes for value in sample.values() if isinstance(value, Tensor | np.ndarray))
+        if size <= self.room:
+            self.kept[index] = sample
+            self.room -= size
 
     def _raw(self, index: int) -> Sample:
         if not self.lazy:
@@ -211,7 +225,7 @@ def _hopeless(bad: list[tuple[str, str]]) -> DataError:
 
 
 class BadSamples:
-    """Counts bad samples by name, says each once, and gives up when there are too many."""
+    """Counts the bad samples that this rank has met by name, says each once, and gives up when there are too many."""
 
     def __init__(self, limit: int, split: str) -> None:
         self.limit, self.split = limit, split
@@ -223,13 +237,20 @@ class BadSamples:
                 continue
             self.found[name] = why
             logger.warning("bad %s sample %d: %s: %s", self.split, len(self.found), name, why)
-            if len(self.found) > self.limit:
-                listed = "\n".join(f"  {name}: {why}" for name, why in self.found.items())
-                number = f"{len(self.found)} bad {self.split} sample{'s' if self.limit else ''}"
-                raise DataError(
-                    f"{number}, more than dataset.max_bad_samples={self.limit} allows:\n{listed}\n"
-                    "    try: mend or remove them (python -m trainer describe-data lists all that are bad), or a higher dataset.max_bad_samples"
-                )
+            self._judge(self.found)
+
+    def judge_together(self, of_ranks: Iterable[Mapping[str, str]]) -> None:
+        """Give up where what all ranks have found is too much, though no rank has found so much alone. The same on every rank."""
+        self._judge({name: why for found in of_ranks for name, why in found.items()})
+
+    def _judge(self, found: Mapping[str, str]) -> None:
+        if len(found) > self.limit:
+            listed = "\n".join(f"  {name}: {why}" for name, why in found.items())
+            number = f"{len(found)} bad {self.split} sample{'s' if self.limit else ''}"
+            raise DataError(
+                f"{number}, more than dataset.max_bad_samples={self.limit} allows:\n{listed}\n"
+                "    try: mend or remove them (python -m trainer describe-data lists all that are bad), or a higher dataset.max_bad_samples"
+            )
 
 
 def assemble(views: dict[str, Tensor], parts: list[Filled], draw: Draw) -> Batch | None:

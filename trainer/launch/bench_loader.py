@@ -5,6 +5,7 @@ Reads training batches as the run would and throws them away; builds no network.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from trainer.launch.door import checked_run, override_arguments
 
 if TYPE_CHECKING:
-    from trainer.config import RunConfig
+    from trainer.config import DatasetConfig, RunConfig
 
 ENOUGH = 0.95  # of the best rate: fewer workers that reach it are recommended, as each costs memory and a core
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure the grid, print it as a table with a recommendation."""
     options = arguments().parse_intermixed_args(argv)
     run = checked_run(options.overrides, options.config_dir)
-    workers = options.workers if options.workers is not None else default_workers()
+    workers = options.workers if options.workers is not None else [w for w in default_workers() if can_feed(run.dataset, w)]
     grid = [(w, p) for w in workers for p in (options.prefetch if w else options.prefetch[:1])]
     rates: dict[tuple[int, int], float] = {}
     images_per_second(run, *grid[0], options.seconds)  # the first to read finds nothing in the system's cache: not comparable
@@ -51,6 +52,12 @@ def default_workers() -> list[int]:
 
     cores = usable_cores()
     return sorted({0, cores, *(2**i for i in range(10) if 2**i <= cores)})
+
+
+def can_feed(dataset: DatasetConfig, workers: int) -> bool:
+    """Whether there is something for each worker: a stream of shards is divided among them."""
+    problems_with = getattr(dataclasses.replace(dataset, num_workers=workers), "reader_problems", None)
+    return problems_with is None or not any(problems_with(1))
 
 
 def recommend(rates: dict[tuple[int, int], float]) -> tuple[int, int]:

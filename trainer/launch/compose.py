@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -70,15 +70,15 @@ def compose_run(*overrides: str, config_dir: str | None = None) -> RunConfig:
     return run
 
 
-def checked(composed: Composed) -> tuple[RunConfig | None, list[Problem]]:
-    """The run, where it could be made, and everything wrong with it."""
+def checked(composed: Composed, rules: Callable[[RunConfig], Iterable[Problem]] | None = None) -> tuple[RunConfig | None, list[Problem]]:
+    """The run, where it could be made, and everything wrong with it, by `rules`: None is by those of a run that is to train."""
     from trainer.validation import problems_of
 
     run, problems = to_run(composed.tree, composed.given)
     problems = [*composed.problems, *problems]
     if run is not None:
         told = {p.key for p in problems}  # a key that has a problem already would only be told a second time
-        found = (p for p in problems_of(run) if p.key not in told)
+        found = (p for p in (rules or problems_of)(run) if p.key not in told)
         # A run knows the class of a part; the user has typed the choice.
         problems += [dataclasses.replace(p, value=composed.choices[p.key]) if p.key in composed.choices else p for p in found]
     return run, [diagnose.with_fix(p, composed.before) for p in problems]

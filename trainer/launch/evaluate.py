@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     own, overrides = words(options.overrides, checkpoint="best", split="val", classes="", real_labels="")
     if own["split"] not in ("train", "val"):
         raise ConfigError(Problem("split", own["split"], "is train or val", "split=val"))
-    run = checked(before, overrides, options.config_dir)
+    run = checked(before, overrides, options.config_dir, own["split"])
     name = options.name or default_name(before, run, own)
     out = directory.path / "evaluations" / name
     count = ranks_to_start(run.distributed)
@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def checked(before: RunConfig, overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:
-    """The run as it is to be measured. Raises ConfigError with everything that is wrong with it, but nothing of training."""
+def checked(before: RunConfig, overrides: Sequence[str], config_dir: str | None = None, split: str = "val") -> RunConfig:
+    """The run as it is to be measured, on one split. Raises ConfigError with everything that is wrong with it, but nothing of training."""
     from trainer.launch import diagnose
     from trainer.validation import problems_of
 
@@ -66,7 +66,7 @@ def checked(before: RunConfig, overrides: Sequence[str], config_dir: str | None 
         raise ConfigError(*problems)
     if "loop.max_validation_batches" not in given:
         run.loop.max_validation_batches = None  # a limit that saved time in training
-    run.dataset = run.dataset.to_evaluate()
+    run.dataset = run.dataset.alone(split)
     found = [diagnose.with_fix(p, {}) for p in problems_of(run, trains=False)]
     if found:
         raise ConfigError(*found)
@@ -79,6 +79,6 @@ def default_name(before: RunConfig, run: RunConfig, own: dict[str, str]) -> str:
 
     checkpoint = Path(own["checkpoint"]).stem
     asked = [identity(run), *(f"{key}={value}" for key, value in sorted(own.items()) if key != "checkpoint")]
-    plain = replace(before, loop=replace(before.loop, max_validation_batches=None), dataset=before.dataset.to_evaluate())
+    plain = replace(before, loop=replace(before.loop, max_validation_batches=None), dataset=before.dataset.alone("val"))
     usual = [identity(plain), "classes=", "real_labels=", "split=val"]
     return checkpoint if asked == usual else f"{checkpoint}-{hashlib.sha256('|'.join(asked).encode()).hexdigest()[:8]}"

@@ -121,7 +121,7 @@ def _source(run: RunConfig, channels: int, folder: Path | None) -> Source:
             raise ConfigError(Problem("--images", folder, "there is no such folder", fix))
         source: Source = LooseImages(folder, channels)
     else:
-        data = run.dataset.to_evaluate()
+        data = run.dataset.alone("val")
         problems = list(data.problems())
         if problems:
             reason = f"the run's data cannot be read ({problems[0].reason}), and a file that was compared with nothing is not exported"

@@ -48,7 +48,11 @@ def _keep_to_the_budget(plan: Plan) -> None:
     from trainer.launch.plan import hours_of, rows_of
     from trainer.sweep.estimate import History
 
-    hours = hours_of(rows_of(plan, History()))
+    rows = rows_of(plan, History())
+    hours, unknown = hours_of(rows), sum(row.state != "completed" and row.cost.gpu_hours is None for row in rows)
+    if unknown:
+        told = f"{unknown} of {len(rows)} jobs cannot be estimated, as no run like them is finished: python -m trainer plan --probe=20 tries one"
+        print(f"warning: hydra.launcher.budget={budget:g}: {told}", file=sys.stderr)
     if hours is None or hours <= budget:
         return
     told = f"about {hours:.1f} GPU hours, and the budget is {budget:g}"

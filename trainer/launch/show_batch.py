@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CELL = 144  # least side in pixels of a picture on the sheet: smaller images are magnified, by a whole number
 COLUMNS = 8
 CAPTION = 14  # pixels under a picture
+GAP = 2  # pixels between the views of one image
+TINTS = ((255, 64, 64), (64, 160, 255), (64, 220, 64), (255, 200, 0), (220, 80, 255), (0, 220, 220))  # of a mask's values 1, 2, …
 
 
 def arguments() -> ArgumentParser:
@@ -62,19 +64,46 @@ def first_batch(run: RunConfig, *, train: bool) -> tuple[dict[str, Any], Sequenc
 
 
 def sheet(run: RunConfig, batch: dict[str, Any], classes: Sequence[str], count: int) -> Image.Image:
-    """The first `count` images, un-normalised, each over its label, with boxes, parts and masks drawn in."""
-    images = to_pixels(batch["image"][:count], run.dataset.mean, run.dataset.std)  # [N, H, W, 3] uint8
+    """The first `count` images, un-normalised, each over its label, with boxes, parts and masks drawn in; of several views of
+    an image, all side by side, the small ones last."""
+    mean, std = run.dataset.mean, run.dataset.std
+    if batch["image"].ndim == 5:  # [N, V, C, S, S]
+        images = side_by_side(
+            [to_pixels(view[:count], mean, std) for name in ("image", "local") if name in batch for view in batch[name].unbind(1)]
+        )
+    else:
+        images = to_pixels(batch["image"][:count], mean, std)  # [N, H, W, 3] uint8
+        if "mask" in batch:
+            images = tinted(images, batch["mask"][:count].cpu().numpy())
     captions = [caption(batch, i, classes) for i in range(len(images))]
     return page(images, captions, lambda draw, i, corner, scale: annotate(draw, batch, i, corner, scale, classes))
+
+
+def side_by_side(views: Sequence[Any]) -> Any:
+    """uint8 [N, S, W, 3] of views [N, s, s, 3], each beside the one before it, the smaller ones over white."""
+    import numpy as np
+
+    height = max(view.shape[1] for view in views)
+    spaces = [((0, 0), (0, height - view.shape[1]), (0, GAP * (view is not views[-1])), (0, 0)) for view in views]
+    return np.concatenate([np.pad(view, space, constant_values=255) for view, space in zip(views, spaces, strict=True)], axis=2)
+
+
+def tinted(images: Any, masks: Any) -> Any:
+    """Images uint8 [N, H, W, 3], half their light taken from the colour of their mask's value, [N, H, W]; 0 stays as it is."""
+    import numpy as np
+
+    masks = masks.astype(np.int64)
+    colours = np.array(TINTS, np.uint8)[(masks - 1) % len(TINTS)]  # [N, H, W, 3]
+    return np.where(masks[..., None] > 0, images // 2 + colours // 2, images)
 
 
 def page(images: Any, captions: Sequence[str], annotate: Callable[[Any, int, tuple[int, int], int], None]) -> Image.Image:
     """Images uint8 [N, H, W, 3] in rows, each over its caption. `annotate(draw, i, corner, scale)` draws into the i-th."""
     from PIL import Image, ImageDraw
 
-    scale = max(1, CELL // max(images.shape[1:3]))
+    scale = max(1, CELL // images.shape[1])
     height, width = images.shape[1] * scale, images.shape[2] * scale
-    columns = min(COLUMNS, len(images))
+    columns = min(max(1, COLUMNS * height // width), len(images))  # views side by side are as wide as several images
     page = Image.new("RGB", (columns * (width + 4), -(-len(images) // columns) * (height + CAPTION + 4)), "white")
     draw = ImageDraw.Draw(page)
     for i, pixels in enumerate(images):
@@ -97,8 +126,11 @@ def to_pixels(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
 
 
 def annotate(draw: Any, batch: dict[str, Any], i: int, corner: tuple[int, int], scale: int, classes: Sequence[str]) -> None:
-    """Boxes, with their classes, and visible parts of one image."""
+    """Boxes, with their classes, the box around the one object, and visible parts of one image."""
     x, y = corner
+    if "box" in batch:  # it may reach beyond what was cut out, and must not into the neighbours
+        left, top, right, bottom = (v * scale for v in batch["box"][i].clamp(0, batch["image"].shape[-1]).tolist())
+        draw.rectangle((x + left, y + top, x + right, y + bottom), outline="yellow")
     if "boxes" in batch:
         for box, label in zip(batch["boxes"][i].tolist(), batch["labels"][i].tolist(), strict=True):
             left, top, right, bottom = (v * scale for v in box)

@@ -47,22 +47,27 @@ class WandbSink:
     """One W&B run, the same one over all starts of a run directory."""
 
     def __init__(self, directory: Path, run: RunConfig, run_id: str, start_step: int) -> None:
+        goes_on = kept_id(directory) == run_id  # and not in a W&B run of something else (`logger.wandb.resume_id`)
         keep_id(directory, run_id)
         self.run = start(directory, run, run_id)
         self.name, self.alerts = f"{run.name} {run.version}", run.logger.wandb.alert
         self.run.define_metric(STEP, hidden=True)
         self.run.define_metric("*", step_metric=STEP)
+        # What the server has of earlier starts. Those beyond the checkpoint come again, to the last bit, and are not sent twice.
+        self.known = int(self.run.summary.get(STEP) or 0) if goes_on and self.run.resumed and not self.run.offline else 0
         if not self.run.offline:
             self._catch_up(directory / "metrics.jsonl", start_step)
             mark_sent(directory, Path(self.run.dir).parent)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._log(row["step"], {key: value for key, value in row.items() if key != "step"})
+        if row["step"] > self.known:
+            self._log(row["step"], {key: value for key, value in row.items() if key != "step"})
 
     def images(self, step: int, paths: Sequence[Path]) -> None:
         import wandb
 
-        self._log(step, {f"previews/{path.stem}": wandb.Image(str(path)) for path in paths})
+        if step >= self.known:  # pictures follow the row of their step
+            self._log(step, {f"previews/{path.stem}": wandb.Image(str(path)) for path in paths})
 
     def best(self, row: Mapping[str, Any]) -> None:
         self.run.summary.update(
@@ -84,9 +89,8 @@ class WandbSink:
 
     def _catch_up(self, record: Path, start_step: int) -> None:
         """Send what earlier starts could not: the client uploads every quarter of a minute, and a kill ends it, too."""
-        known = (self.run.summary.get(STEP) or 0) if self.run.resumed else 0
-        if start_step > known:
-            for row in rows_after(record, known):
+        if start_step > self.known:
+            for row in rows_after(record, self.known):
                 if row["step"] <= start_step:
                     self.write(row)
 
@@ -157,9 +161,13 @@ def has_key() -> bool:
 
 def choose_id(directory: Path, cfg: WandbConfig, ids: Mapping[str, str]) -> str:
     """The W&B run to log to: the config's, else the run directory's, else the checkpoint's, else a new one."""
+    return cfg.resume_id or kept_id(directory) or ids.get("wandb") or "".join(secrets.choice(ALPHABET) for _ in range(8))
+
+
+def kept_id(directory: Path) -> str:
+    """The W&B run that this directory has logged to so far; empty where it has not."""
     path = directory / KEPT_ID
-    kept = path.read_text().strip() if path.is_file() else ""
-    return cfg.resume_id or kept or ids.get("wandb") or "".join(secrets.choice(ALPHABET) for _ in range(8))
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def keep_id(directory: Path, run_id: str) -> None:

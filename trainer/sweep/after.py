@@ -24,7 +24,9 @@ _PATIENCE = 120.0  # seconds to wait for a controller that is being restarted
 
 def main(argv: list[str]) -> int:
     directory, code, max_requeues = RunDirectory(argv[0]), int(argv[1]), int(argv[2])
-    status = directory.read_status()
+    status, holder = directory.read_status(), directory.live_writer()
+    if holder is not None and holder.job_id != job_id():  # another job runs it: this one was refused, and has nothing to say of it
+        return code or 1
     if directory.is_finished() or status.get("state") == "pruned":
         return 0
     if status.get("state") == "failed":  # with a reason of its own

@@ -15,6 +15,7 @@ from trainer.lock import Busy
 from trainer.sweep import cluster
 from trainer.sweep.manifest import Manifest, driving
 from trainer.sweep.outcome import has_passed
+from trainer.sweep.slurm import release
 
 _ASKING = 1.0  # seconds
 
@@ -32,12 +33,7 @@ def main(argv: list[str]) -> int:
 
 def _release(path: str, index: int) -> int:
     with _quietly(path) as manifest:
-        others = [job for job in manifest.jobs if job.index != index and job.job_id]
-        for job in others:
-            job.reason = None
-        manifest.save()
-    for array in sorted({str(job.job_id).split("_")[0] for job in others}):
-        cluster.run("scontrol", "release", array)
+        release(manifest, [job for job in manifest.jobs if job.index != index and job.job_id])
     return 0
 
 

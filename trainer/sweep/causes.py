@@ -25,7 +25,8 @@ class Cause(Enum):
 
 
 _SIGNS = (  # the first that is found in the reason decides
-    (Cause.memory, r"does not fit into the memory|out of memory|OUT_OF_MEMORY|exceeded memory limit|OutOfMemory"),
+    # Not what a lost rank's neighbours guess ("killed, or out of memory"): its node is the likelier reason, and SLURM says if it is not.
+    (Cause.memory, r"does not fit into the memory|(?<!killed, or )out of memory|OUT_OF_MEMORY|exceeded memory limit|OutOfMemory"),
     (Cause.divergence, r"^Diverged\b"),
     (Cause.data, r"^DataError\b"),
     (Cause.storage, r"^StorageError\b"),
@@ -54,21 +55,29 @@ def cause_of(reason: str | None) -> Cause:
     return next((cause for cause, sign in _SIGNS if re.search(sign, reason or "", re.MULTILINE)), Cause.code)
 
 
-def remedy(reason: str | None, directory: RunDirectory, *, ranks: int = 1, timeout_min: int | None = None) -> Remedy:
-    """How to go about a failed job. `ranks` and `timeout_min` are what it had."""
+def remedy(
+    reason: str | None,
+    directory: RunDirectory,
+    *,
+    ranks: int = 1,
+    nodes: int = 1,
+    timeout_min: int | None = None,
+    failed_node: str | None = None,
+) -> Remedy:
+    """How to go about a failed job. `ranks`, `nodes` and `timeout_min` are what it had, `failed_node` what SLURM says of it."""
     cause = cause_of(reason)
     if cause in _HOPELESS:
         return Remedy(cause, held=f"{cause.value}, which starting it again does not mend: {reason}")
     if cause is Cause.memory:
         run = directory.read_config()
-        accumulate = smaller_pieces(run, ranks)
+        accumulate = smaller_pieces(run, run.distributed.processes or ranks)
         if accumulate is None:
             return Remedy(cause, held=f"{cause.value} with one image at a time already: {reason}")
         return Remedy(cause, told=f"loop.accumulate={accumulate}: half the micro-batch, the same batch", accumulate=accumulate)
     if cause is Cause.node:
-        host = directory.read_status().get("host")
         found = re.search(r"rank \d+ on ([\w.-]+) is gone", reason or "")
-        node = found.group(1) if found else host
+        host = directory.read_status().get("host") if nodes == 1 else None  # of several, the first rank's may be the healthy one
+        node = found.group(1) if found else failed_node or host
         return Remedy(cause, told=f"without {node}" if node else "", exclude=node)
     if cause is Cause.time and timeout_min is not None and not directory.has_checkpoint():
         return Remedy(cause, told=f"with {2 * timeout_min} minutes, as it got nowhere in {timeout_min}", timeout_min=2 * timeout_min)

@@ -57,6 +57,11 @@ def words(job_ids: Sequence[str | None]) -> dict[str, str]:
     return found if rows is None else dict.fromkeys(wanted, GONE) | found
 
 
+def is_here() -> bool:
+    """Whether this host has SLURM's commands at all."""
+    return shutil.which("squeue") is not None
+
+
 def queue() -> list[tuple[str, str, str]] | None:
     """(id, state, comment) of every job of ours in the queue, array tasks one by one; None where SLURM does not answer."""
     text = run("squeue", "--me", "-h", "-r", "-o", "%i|%T|%k")
@@ -87,6 +92,13 @@ def array_tasks(job: str) -> list[str]:
         first, _, last = part.partition("-")
         tasks += [f"{found.group(1)}_{n}" for n in range(int(first), int(last or first) + 1)]
     return tasks
+
+
+def failed_node(job_id: str) -> str | None:
+    """The node whose failure ended a job, where SLURM knows."""
+    found = re.search(r"FailedNode=(\S+)", run("scontrol", "show", "job", job_id) or "")
+    name = found.group(1) if found else (run("sacct", "-X", "-n", "-P", "-o", "FailedNode", "-j", job_id) or "").strip()
+    return name if re.fullmatch(r"[\w.-]+", name) and name not in ("None", "null") else None
 
 
 def partitions() -> dict[str, int]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trainer.config import RunConfig
 from trainer.errors import TrainyardError
@@ -15,9 +16,13 @@ from trainer.rundir import RunDirectory
 from trainer.validation import steps_per_epoch
 
 _MOST_LOOKED_AT = 40  # finished runs of a name, the newest first
-_FREE = ("seed", "init_from", "optimizer.", "scheduler.", "loop.", "augmentation.", "debug.", "task.")
+_FREE = ("seed", "init_from", "optimizer.", "scheduler.", "loop.", "debug.")
 """Settings that two runs of one speed may differ in."""
-_BINDING = ("loop.batch_size",)
+_NUMBERS_FREE = ("augmentation.", "task.")
+"""Of these it is numbers with a point that do not matter (weights, probabilities); a method, a detector or a count of views does."""
+_BINDING = ("loop.batch_size", "loop.stages", "loop.deterministic")
+_SWITCHES = ("compile", "channels_last", "activation_checkpointing", "accumulate")
+"""Of `loop`: they change a run's speed, though not what comes of it."""
 
 
 @dataclass(frozen=True)
@@ -103,5 +108,13 @@ def _speeds(folder: Path) -> Iterator[Speed]:
 
 def _is_alike(one: RunConfig, other: RunConfig) -> bool:
     """Whether two runs take the same time for an image."""
-    keys = [key for key, _, _ in differences(one, other)]
-    return not any(key in _BINDING or not key.startswith(_FREE) for key in keys)
+    if any(getattr(one.loop, name) != getattr(other.loop, name) for name in _SWITCHES):
+        return False
+    return all(_is_free(key, before, after) for key, before, after in differences(one, other))
+
+
+def _is_free(key: str, before: Any, after: Any) -> bool:
+    if key.startswith(_NUMBERS_FREE):
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in (before, after))
+        return numbers and (isinstance(before, float) or isinstance(after, float))
+    return key.startswith(_FREE) and key not in _BINDING

@@ -33,6 +33,10 @@ def explain_end(directory: RunDirectory, code: int, log: Path, *, cancelled: boo
     if said in ("failed", "cancelled") and reason:
         return said, reason
     reason = _fate(code, log)
+    if (
+        code == ConfigError.exit_code and directory.live_writer() is not None
+    ):  # refused, as another process runs it: that one's status stays
+        return "failed", reason
     directory.status("failed", reason=reason)
     return "failed", reason
 

@@ -20,9 +20,10 @@ from trainer.errors import ConfigError, Problem, StorageError
 from trainer.files import write_atomically
 from trainer.sweep import cluster
 from trainer.sweep.drive import code_of
-from trainer.sweep.manifest import Job, Manifest
+from trainer.sweep.manifest import OPEN, Job, Manifest
 
 FOLDER, JOBS, SCRIPT = "slurm", "jobs.json", "job.sbatch"
+WAITS = "waits for the first job (canary)"  # why a job is held in the queue
 _MARK = "trainyard:"  # begins the comment by which a job is known again after its launcher has died
 _RENAMED = {"timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 _END_TIME = [  # SLURM says it by itself since 23.02; a run stops in time for a last checkpoint
@@ -98,7 +99,7 @@ def _submit(manifest: Manifest, batch: Sequence[Job], *, held: bool, canary: boo
         raise _refused(done.stderr, manifest, batch)
     array = done.stdout.strip().split(";")[0]
     for place, job in enumerate(batch):
-        job.job_id, job.state, job.reason = f"{array}_{place}", "queued", "waits for the first job (canary)" if held else None
+        job.job_id, job.state, job.reason = f"{array}_{place}", "queued", WAITS if held else None
     manifest.save()
 
 
@@ -185,3 +186,21 @@ def adopt(manifest: Manifest) -> None:
         job = manifest.jobs[indices[int(job_id.split("_")[1])]]
         job.job_id, job.state = job_id, "queued"
     manifest.save()
+
+
+def let_go(manifest: Manifest) -> None:
+    """Release what waits for a first job that has ended without a word of its own: cancelled, or lost with its node."""
+    waiting = [job for job in manifest.jobs if job.reason == WAITS and job.job_id]
+    first = [job.job_id for job in manifest.jobs if job.job_id and job.reason != WAITS]
+    if not waiting or any(word in OPEN for word in cluster.ask(first).values()):
+        return
+    release(manifest, waiting)
+
+
+def release(manifest: Manifest, jobs: Sequence[Job]) -> None:
+    """Jobs that were queued on hold may start."""
+    for job in jobs:
+        job.reason = None
+    manifest.save()
+    for array in sorted({str(job.job_id).split("_")[0] for job in jobs}):
+        cluster.run("scontrol", "release", array)

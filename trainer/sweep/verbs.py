@@ -28,12 +28,13 @@ def resume(argv: Sequence[str]) -> int:
         return _resume_run(args.directory)
     manifest = Manifest.load(args.directory)
     if manifest.launcher == "slurm":
-        from trainer.sweep.slurm import adopt
+        from trainer.sweep.slurm import adopt, let_go
 
         with driving(manifest.path):
             adopt(manifest)
+            let_go(manifest)
     found = states(manifest, _at_slurm(manifest))
-    left = [job for job, state in zip(manifest.jobs, found, strict=True) if _is_left(job, state, args.jobs)]
+    left = [job for job, state in zip(manifest.jobs, found, strict=True) if _is_left(manifest, job, state, args.jobs)]
     return _start(manifest, left, wait=True if args.wait else None)
 
 
@@ -45,13 +46,12 @@ def retry(argv: Sequence[str]) -> int:
     manifest = Manifest.load(args.directory)
     again: list[Job] = []
     with driving(manifest.path):
-        for job, state in zip(manifest.jobs, states(manifest, _at_slurm(manifest)), strict=True):
+        words = _at_slurm(manifest) or {}
+        for job, state in zip(manifest.jobs, states(manifest, words), strict=True):
             if state.state != "failed" or (args.jobs and job.index not in args.jobs):
                 continue
-            directory = manifest.directory(job)
-            timeout = job.resources.get("timeout_min", manifest.settings.get("timeout_min"))
-            what = remedy(state.reason, directory, ranks=_ranks(manifest, job), timeout_min=timeout)
-            _apply(what, job, directory)
+            what = _remedy(manifest, job, state, words.get(job.job_id or ""))
+            _apply(what, job, manifest.directory(job))
             print(f"[{job.index}] {job}: {what.cause.value}; {'held' if what.held else 'again ' + what.told}".rstrip())
             if not what.held:
                 again.append(job)
@@ -115,15 +115,20 @@ def _at_slurm(manifest: Manifest) -> dict[str, str] | None:
     return cluster.words([job.job_id for job in manifest.jobs]) if manifest.launcher == "slurm" else None
 
 
-def _is_left(job: Job, state: State, named: Sequence[int]) -> bool:
+def _is_left(manifest: Manifest, job: Job, state: State, named: Sequence[int]) -> bool:
+    # On this host nothing drives a job whose launcher is gone: it is saving, and the pool waits for it. SLURM's go on by themselves.
+    running = state.state == "running" and manifest.launcher != "slurm"
     if named:
-        return job.index in named and state.state not in ("completed", "running")
+        return job.index in named and (running or state.state not in ("completed", "running"))
     held_by_canary = state.state == "held" and job.attempts == 0
-    return state.state in LEFT or held_by_canary
+    return running or state.state in LEFT or held_by_canary
 
 
 def _start(manifest: Manifest, jobs: Sequence[Job], *, wait: bool | None) -> int:
     if manifest.launcher == "slurm":  # what SLURM still has will run without our help
+        if jobs and cluster.queue() is None and cluster.is_here():
+            reason = "SLURM does not say what it has in its queue (squeue), and no job must be there twice"
+            raise ConfigError(Problem("sweep", manifest.path, reason, "the same command, when `squeue --me` answers again"))
         alive = cluster.ask([job.job_id for job in jobs])
         jobs = [job for job in jobs if alive.get(job.job_id or "") not in ("queued", "running")]
     if not jobs and not manifest.trials_left:
@@ -146,6 +151,17 @@ def _start(manifest: Manifest, jobs: Sequence[Job], *, wait: bool | None) -> int
     return drive(manifest, jobs, wait=wait)
 
 
+def _remedy(manifest: Manifest, job: Job, state: State, word: str | None) -> Remedy:
+    """What to do about a failed job. SLURM knows better than a rank that is left over what became of the others."""
+    known = word in ("OUT_OF_MEMORY", "NODE_FAIL")
+    settings = manifest.settings | job.resources
+    return remedy(
+        f"SLURM says {word}: {state.reason}" if known else state.reason, manifest.directory(job), ranks=_ranks(manifest, job),
+        nodes=settings.get("nodes") or 1, timeout_min=settings.get("timeout_min"),
+        failed_node=cluster.failed_node(job.job_id) if word == "NODE_FAIL" and job.job_id else None,
+    )  # fmt: skip
+
+
 def _apply(what: Remedy, job: Job, directory: RunDirectory) -> None:
     if what.held:
         job.state, job.reason = "held", what.held
@@ -159,9 +175,9 @@ def _apply(what: Remedy, job: Job, directory: RunDirectory) -> None:
 
 
 def _ranks(manifest: Manifest, job: Job) -> int:
-    if manifest.launcher != "slurm":
-        return 1
     settings = manifest.settings | job.resources
+    if manifest.launcher != "slurm":
+        return settings.get("gpus_per_job") or 1
     return (settings.get("nodes") or 1) * (settings.get("tasks_per_node") or settings.get("gpus_per_node") or 1)
 
 

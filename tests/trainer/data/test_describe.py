@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from trainer.data.config import CocoConfig, DigitsConfig, ImageFolderConfig, SyntheticConfig
-from trainer.data.describe import describe, describe_source, shared_between
+from trainer.data.describe import BAD_SHOWN, describe, describe_source, shared_between
 from trainer.data.shards import split as splitting
 from trainer.data.shards import verbs
 from trainer.errors import ConfigError, StorageError
@@ -117,6 +117,23 @@ def test_duplicates_bad_files_and_images_in_both_splits_are_told(tmp_path: Path)
     assert "width 6 to 9" in text and "height 5 to 30" in text
     with Image.open(tmp_path / "out" / "data.png") as drawing:
         assert drawing.size[0] > 500
+
+
+def test_every_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    classes(tmp_path / "train", {"cat": 4})
+    classes(tmp_path / "val", {"cat": 2})
+    for split, count in (("train", BAD_SHOWN + 13), ("val", 2)):
+        for i in range(count):
+            (tmp_path / split / "cat" / f"bad{i:02}.png").write_bytes(b"not at all")
+    config = ImageFolderConfig(path=str(tmp_path), image_size=8)
+    lines: list[str] = []
+    describe(config, tmp_path / "out", say=lines.append)
+    listed = (tmp_path / "out" / "bad.txt").read_text().splitlines()
+    assert [line.partition(": ")[0] for line in listed] == [
+        str(tmp_path / split / "cat" / f"bad{i:02}.png") for split, count in (("train", BAD_SHOWN + 13), ("val", 2)) for i in range(count)
+    ]
+    assert all("not an image" in line for line in listed)
+    assert f"all {len(listed)} that cannot be read: {tmp_path / 'out' / 'bad.txt'}" in lines and "    … and 13 more" in lines
 
 
 def test_a_limit_spreads_over_the_whole_split_and_channels_may_be_any(tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import os
 import pickle
 import shutil
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests import layouts
 from trainer.data.config import CubConfig, SiimAcrConfig, WaterbirdsConfig
 from trainer.data.formats.dicom import EXPLICIT, IMPLICIT, read_dicom
+from trainer.data.index import FOLDER
 from trainer.data.source import BadSample, Source, encoded
 
 PARTS = ["back", "beak", "left wing"]
@@ -163,6 +166,79 @@ def test_a_mask_of_another_size_is_a_bad_sample(own_cub: Path, cub: Path) -> Non
     mask.write_bytes(b"no image")
     with pytest.raises(BadSample, match="not an image"):
         source[0]
+
+
+def aged(root: Path) -> None:
+    """Everything below looks as if it had lain there for an hour: an index made now is trusted."""
+    for folder in [p for p in [*root.rglob("*"), root] if p.is_dir()]:
+        (folder / FOLDER).mkdir(exist_ok=True)  # it would be made with the index, and change the time of the folder it lies in
+    before = time.time() - 3600
+    for path in [*root.rglob("*"), root]:
+        os.utime(path, (before, before))
+
+
+def with_parts_and_outlines(root: Path) -> Path:
+    """CUB's layout, of digits: parts and outlines beside the lists and images."""
+    layouts.cub(root)
+    images = [line.split() for line in (root / "images.txt").read_text().splitlines()]
+    (root / "parts").mkdir()
+    (root / "parts" / "parts.txt").write_text("1 back\n")
+    (root / "parts" / "part_locs.txt").write_text("".join(f"{image_id} 1 10.0 20.0 1\n" for image_id, _ in images))
+    for _, path in images:
+        target = root / "segmentations" / Path(path).with_suffix(".png")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((layouts.SIZE, layouts.SIZE), 255, np.uint8)).save(target)
+    return root
+
+
+EDITED = {
+    "parts/parts.txt": ("back", "beak", lambda source: source.source.part_names, ["beak"]),
+    "parts/part_locs.txt": ("1 1 10.0", "1 1 30.0", lambda source: source[0]["parts"].tolist(), [[30.0, 20.0, 1.0]]),
+    "bounding_boxes.txt": ("1 2.0", "1 1.0", lambda source: source[0]["box"].tolist()[0], 1.0),
+    "classes.txt": ("001.Bird_0", "001.Dove_0", lambda source: source.classes[0], "001.Dove_0"),
+    "image_class_labels.txt": ("1 1\n", "1 2\n", lambda source: source.labels()[0], 1),
+    "train_test_split.txt": ("2 1\n", "2 0\n", len, layouts.TRAIN - 1),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_list_of_cub_that_is_edited_in_place_is_read_again(tmp_path: Path, name: str) -> None:
+    old, new, found, expected = EDITED[name]
+    root = with_parts_and_outlines(tmp_path / "cub")
+    aged(root)
+    config = CubConfig(path=str(root), image_size=32)
+    assert found(config.build("train")) != expected
+    index = next((root / FOLDER).iterdir())
+    written = index.stat().st_mtime_ns
+    config.build("train")
+    assert index.stat().st_mtime_ns == written, "the index is trusted"
+    swap(name, old, new)(root)
+    assert found(config.build("train")) == expected
+
+
+@pytest.mark.parametrize("dataset", ["cub", "waterbirds"])
+def test_an_outline_that_goes_or_comes_is_noticed(tmp_path: Path, dataset: str) -> None:
+    root = with_parts_and_outlines(tmp_path / "cub")
+    config: CubConfig | WaterbirdsConfig = CubConfig(path=str(root), image_size=32)
+    if dataset == "waterbirds":
+        layouts.waterbirds(root / "birds")
+        config = WaterbirdsConfig(path=str(root), folder="birds", image_size=32)
+        for path in (root / "birds").rglob("*.jpg"):
+            target = root / "segmentations" / path.relative_to(root / "birds").with_suffix(".png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / "segmentations" / "001.Bird_0" / "000.png", target)
+    aged(tmp_path)
+    source = config.build("train")
+    assert source[0]["mask"].all()
+    outline = (
+        root / "segmentations" / Path(source.name(0)).relative_to(root / ("images" if dataset == "cub" else "birds")).with_suffix(".png")
+    )
+    content = outline.read_bytes()
+    outline.unlink()
+    (problem,) = config.problems()
+    assert f"1 of {len(list(Path(source.name(0)).parents[1].rglob('*.jpg')))} images have no outline" in problem.reason
+    outline.write_bytes(content)
+    assert not list(config.problems()) and config.build("train")[0]["mask"].all()
 
 
 @pytest.fixture

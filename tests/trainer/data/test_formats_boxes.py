@@ -267,6 +267,8 @@ CASES = {
     "outside": ([200, 10, 20, 20], None, "outside"),
     "at the edge": ([100, 10, 20, 20], None, "outside"),
     "NaN": ([math.nan, 10, 20, 20], None, "not_finite"),
+    "no width in 32 bits, at the edge": ([99.9999999, 10, 50.0000001, 10], None, "outside"),
+    "no height in 32 bits": ([10, 10, 5, 1e-8], None, "no_area"),
     "infinite": ([10, 10, math.inf, 20], None, "not_finite"),
     "three numbers": ([10, 10, 20], None, "not_finite"),
     "text": (["a", 10, 20, 20], None, "not_finite"),
@@ -296,7 +298,12 @@ def test_the_policy_for_bad_boxes(
 
 
 @given(
-    st.lists(st.tuples(*[st.floats(-300, 300) | st.sampled_from([math.nan, math.inf, 0.0, 80.0, 100.0])] * 4), max_size=12),
+    st.lists(
+        st.tuples(
+            *[st.floats(-300, 300) | st.sampled_from([math.nan, math.inf, 1e300, 0.0, 1e-50, 79.9999999, 80.0, 99.9999999, 100.0])] * 4
+        ),
+        max_size=12,
+    ),
     st.sampled_from(["clip", "drop"]),
 )
 def test_whatever_the_boxes_those_left_are_inside_and_have_an_area(boxes: list[tuple[float, float, float, float]], policy: str) -> None:
@@ -308,6 +315,7 @@ def test_whatever_the_boxes_those_left_are_inside_and_have_an_area(boxes: list[t
     table = Table.of(columns, meta)
     left = table["boxes"][0]
     assert np.isfinite(left).all() and (left[:, :2] >= 0).all() and (left[:, 2:] <= (WIDTH, HEIGHT)).all()
+    assert (left[:, 2:] > left[:, :2]).all()  # the corners as they are stored
     assert (table["labels"][0] >= 0).all() and len(table["labels"][0]) == len(left) == len(table["area"][0])
     dropped = sum(d["count"] for kind, d in meta["defects"].items() if kind not in ("over_the_edge", "empty"))
     if policy == "clip":

@@ -51,6 +51,45 @@ def test_an_epoch_holds_every_sample_once_with_the_same_bytes(size, batch, drop_
         assert all(image.equal(images[int(i)]) for i, image in zip(b["index"], b["image"], strict=True))
 
 
+class Counted(Pictures):
+    """Says how often each picture was opened."""
+
+    def __init__(self, size: int, bad: frozenset[int] = frozenset()) -> None:
+        super().__init__(size, bad=bad)
+        self.opened: Counter[int] = Counter()
+
+    def __getitem__(self, index: int):
+        self.opened[index] += 1
+        return super().__getitem__(index)
+
+
+def shifted(**more: object) -> Standard:
+    """An augmentation of which only the batch's part draws."""
+    return Standard(Basic(hflip=0.5, crop_scale=None, val_crop=1.0, shift=0.1, erasing=0.5, **more), Dataset(), train=True)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_kept_is_what_would_be_read_again(workers):
+    order = Order(13, 0, 4, drop_last=False)  # four epochs
+    read = batches(16, order, source=Pictures(13, bad=frozenset({5})), augmentation=shifted())
+    kept = batches(16, order, source=Pictures(13, bad=frozenset({5})), augmentation=shifted(), workers=workers, keep=1_000_000)
+    assert all(equal(a, b) for a, b in zip(kept, read, strict=True))
+
+
+@pytest.mark.parametrize(("keep", "held"), [(1_000_000, 13), (5 * 3 * 16 * 16 + 100, 5), (0, 0)])
+def test_as_much_is_kept_as_there_is_room_for(keep, held):
+    source = Counted(13)
+    batches(16, Order(13, 0, 4, drop_last=False), source=source, augmentation=shifted(), keep=keep)
+    assert sum(times == 1 for times in source.opened.values()) == held
+    assert sum(times >= 4 for times in source.opened.values()) == 13 - held
+
+
+def test_what_is_cut_at_random_is_not_kept():
+    source = Counted(13)
+    batches(16, Order(13, 0, 4, drop_last=False), source=source, augmentation=everything(), keep=1_000_000)
+    assert min(source.opened.values()) >= 4
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("start", [1, 7, 23])
 def test_resuming_continues_the_sequence(workers, start):

@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import tasks  # noqa: F401  (registers the schemas that the config composes)
+from tests import layouts
+from tests.trainer.data.sources import Rank, batches, equal, take
+from trainer.config.augmentation import Basic
 from trainer.config.dataset import DatasetConfig
 from trainer.data.config import (
     CocoConfig,
@@ -34,6 +37,8 @@ from trainer.data.config import (
     WebDatasetConfig,
 )
 from trainer.data.index import SETTLED
+from trainer.data.loader import validation_loader
+from trainer.data.order import Order
 from trainer.data.shards import verbs
 from trainer.data.shards.index import index_shard, index_shards, samples
 from trainer.data.shards.names import expand
@@ -297,6 +302,7 @@ def test_cifar_from_folders_and_from_shards_named_in_every_way_is_the_same(share
         "info": {"info": [str(out / "_info.json")]},
         "info of each": {"path": None, "info": [str(out / "_info.json")], "train_split": "train", "val_split": "val"},
     }
+    expected = batches_of(ImageFolderConfig(path=str(small), image_size=32))
     for split in ("train", "val"):
         truth = ImageFolderConfig(path=str(small), image_size=32).build(split)
         for way in ways.values():
@@ -305,9 +311,11 @@ def test_cifar_from_folders_and_from_shards_named_in_every_way_is_the_same(share
             source = config.build(split)
             assert len(source) == len(truth) == 180 and source.classes == truth.classes
             np.testing.assert_array_equal(source.labels(), truth.labels())  # type: ignore[arg-type]
-            for i in range(0, 180, 7):
+            for i in range(180):
                 assert encoded(source, i) == encoded(truth, i)  # the very bytes
-                assert_same(source[i], truth[i])
+            if split == "val":
+                found = batches_of(config)
+                assert len(found) == len(expected) == 15 and all(equal(a, b) for a, b in zip(found, expected, strict=True))
         read = 0
         for path in sorted(out.glob(f"{split}-*.tar")):
             with open(path, "rb") as stream:
@@ -315,6 +323,13 @@ def test_cifar_from_folders_and_from_shards_named_in_every_way_is_the_same(share
                     assert (sample["jpg"], int(sample["cls"])) == (encoded(truth, read)[0], truth.labels()[read])  # type: ignore[index]
                     read += 1
         assert read == 180
+
+
+def batches_of(config: DatasetConfig) -> list[dict[str, Any]]:
+    """Two epochs of training, and validation, as a run reads them."""
+    order, basic = Order(180, 3, 32, drop_last=False), Basic(hflip=0.5, crop_scale=[0.2, 1.0], val_crop=1.0, erasing=0.5)
+    training = batches(12, order, source=config.build("train"), augmentation=basic.build(config, train=True), workers=1)
+    return training + take(validation_loader(config.build("val"), basic.build(config, train=False), Rank(), batch_size=64))
 
 
 def test_info_files_of_birder_and_timm_joined(tmp_path: Path) -> None:
@@ -340,6 +355,40 @@ def test_info_files_of_birder_and_timm_joined(tmp_path: Path) -> None:
     config.train_split = "nope"
     (problem,) = config.problems()
     assert problem.key == "dataset.info" and "no split nope; there are training, validation, train" in problem.reason
+
+
+def info_files(root: Path, **entries: dict[str, Any]) -> list[str]:
+    """One file for each training entry; all validate on the same shard, which only the first lists."""
+    tar(root / "v.tar", plain(7, 1))
+    (root / "classes.txt").write_text("a\nb\n")
+    for i, (name, entry) in enumerate(entries.items()):
+        val = {} if i else {"val": {"filenames": ["v.tar"], "num_samples": 1}}
+        (root / f"{name}.json").write_text(json.dumps({"splits": {"train": entry} | val}))
+    return [str(root / f"{name}.json") for name in entries]
+
+
+def test_an_info_file_that_tells_no_number_says_nothing_of_all(tmp_path: Path) -> None:
+    for i in range(3):
+        tar(tmp_path / f"x-{i}.tar", plain(3 * i, 3))
+    told = {"filenames": ["x-0.tar"], "shard_lengths": [3], "num_samples": 3}
+    config = WebDatasetConfig(info=info_files(tmp_path, told=told, bare={"filenames": ["x-1.tar", "x-2.tar"]}), image_size=8)
+    assert not list(config.problems())
+    assert config.shards("train").size is None and config.shards("train").lengths is None and config.shards("val").size == 1
+    assert colours(config.build("train")) == [*range(9)]
+    config.streaming = True
+    (problem,) = config.problems()
+    assert problem.key == "dataset.train_size" and "that no info file tells" in problem.reason
+    config.train_size = 9
+    assert not list(config.problems()) and len(config.build("train")) == 9
+
+
+def test_a_shard_that_two_info_files_list_is_noticed(tmp_path: Path) -> None:
+    for i in range(2):
+        tar(tmp_path / f"x-{i}.tar", plain(3 * i, 3))
+    entries = {"a": {"filenames": ["x-0.tar", "x-1.tar"]}, "b": {"filenames": [f"../{tmp_path.name}/x-1.tar"]}}
+    config = WebDatasetConfig(info=info_files(tmp_path, **entries), image_size=8)
+    (problem,) = config.problems()
+    assert problem.key == "dataset.info" and f"{tmp_path / 'x-1.tar'} is listed more than once" in problem.reason
 
 
 # ---- what is wrong ----
@@ -551,6 +600,27 @@ def test_whatever_is_packed_is_read_back_the_same(tmp_path: Path, shared_data, k
     for i in range(0, len(truth), max(len(truth) // 8, 1)):
         assert_same(source[i], truth[i])
         if encoded(truth, i):
+            assert encoded(source, i) == encoded(truth, i)
+    assert web.offers == set(truth[0]) - {"image_id", "crowd", "area", "labels"}
+
+
+SETTINGS = {"meta_shift": ["val_folder=test"], "multispectral": ["channels=5", "mean=[0.5,0.5,0.5,0.5,0.5]", "std=[0.2,0.2,0.2,0.2,0.2]"]}
+
+
+@pytest.mark.parametrize("name", sorted(layouts.LAYOUTS))
+def test_every_layout_packed_by_the_command_line_is_read_back_the_same(name: str, tmp_path: Path) -> None:
+    layouts.LAYOUTS[name](tmp_path / "data")
+    settings, out = SETTINGS.get(name, []), tmp_path / "out"
+    assert verbs.shards(["pack", str(tmp_path / "data"), str(out), *settings, "--dataset", name, "--size", "20KB"]) == 0
+    config = verbs.dataset_config(name, {"path": str(tmp_path / "data")}, settings)
+    web = WebDatasetConfig(path=str(out), image_size=224)
+    assert not list(web.problems())
+    for split, count in (("train", layouts.TRAIN), ("val", layouts.VAL)):
+        truth, source = config.build(split), web.build(split)
+        assert len(source) == len(truth) == count and source.classes == tuple(truth.classes)
+        assert len(web.shards(split).places) > 1
+        for i in range(count):
+            assert_same(source[i], truth[i])
             assert encoded(source, i) == encoded(truth, i)
     assert web.offers == set(truth[0]) - {"image_id", "crowd", "area", "labels"}
 

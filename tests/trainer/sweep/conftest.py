@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 
 from tests.trainer.sweep import light
+from trainer.sweep import drive
 from trainer.sweep.manifest import Job, Manifest, new_directory
+
+
+@pytest.fixture
+def light_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the verbs start are scripts, too."""
+    monkeypatch.setattr(drive, "Pool", functools.partial(drive.Pool, server=light.SERVER))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from trainer.launch.guard import guarded
 from trainer.rundir import RunDirectory
 from trainer.sweep import server
 
+SERVER = [__file__]
 SCRIPT, RAN, CORES, LEFT = "job", "ran", "cores", "left"
 
 
@@ -56,11 +57,16 @@ def _be(directory: RunDirectory) -> int:
             threading.Timer(0.2, print, ["a thread has ended"]).start()
         if what == "diverge":
             raise Diverged("nan")
-        end = time.monotonic() + (60 if what == "after" else float(argument or 0))
+        for step in range(int(argument) if what == "count" else 0):
+            time.sleep(0.05)
+            directory.status("running", step=step + 1)
+            directory._write_status()  # as a heartbeat does, every five seconds
+        end = time.monotonic() + (60 if what == "after" else 0 if what == "count" else float(argument or 0))
         while time.monotonic() < end and not (what == "after" and (directory.path.parent / argument / RAN).exists()):
             time.sleep(0.01)
             directory.status("running", step=100)
             if told:
+                time.sleep(1.0 if what == "save" else 0)
                 raise (Interrupted if signal.SIGINT in told else Stopped)("told to stop")
         directory.result_path.write_text('{"metric": "val/top1", "mode": "max", "best": {"val/top1": 0.5}}')
         directory.status("completed")

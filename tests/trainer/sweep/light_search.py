@@ -35,7 +35,7 @@ def _be(directory: RunDirectory) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda n, frame: told.append(n))
     run = directory.read_config()
-    reached = score(run.optimizer.lr, getattr(run.model, "drop_rate", 0.0))
+    reached = score(run.optimizer.lr, getattr(run.model, "drop_rate", None) or 0.0)
     with directory.claim():
         with (directory.path / RAN).open("a") as file:
             file.write(f"{time.time()}\n")

@@ -8,16 +8,17 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from tests.trainer.sweep import light
-from trainer.sweep.manifest import Job, Manifest, driving, states
+from trainer.sweep import verbs
+from trainer.sweep.manifest import Manifest, driving, states
 from trainer.sweep.pool import CANCEL, Pool
 from trainer.sweep.slots import Slot, slots_for
 
-SERVER = [str(Path(light.__file__))]
+SERVER = light.SERVER
 
 
 def run(manifest: Manifest, slots: int = 2, said: list[str] | None = None, **more) -> int:
@@ -101,9 +102,10 @@ def test_cancelling_through_the_manifests_folder(sweep):
 
 
 def test_canary(sweep):
-    manifest = sweep("work 1.5", "work 0", "work 0")
+    manifest = sweep("count 60", "work 0", "work 0")  # a step every 50 ms
     assert run(manifest, canary_steps=20) == 0
-    assert times(manifest, 1)[0] > times(manifest, 0)[0]
+    began = times(manifest, 0)[0]
+    assert began + 20 * 0.05 <= min(times(manifest, 1)[0], times(manifest, 2)[0]) < began + 60 * 0.05, "not before step 20, nor at its end"
     bad = sweep("diverge", "work 0", "work 0")
     for job in bad.jobs:  # the same directories: nothing is finished there
         manifest.directory(job).result_path.unlink()
@@ -117,50 +119,50 @@ def test_canary(sweep):
 # A launcher that dies
 
 
-def _launch_and_die(path: str, after: int) -> None:
-    """Run what is left, and be killed after so many writes."""
+def _resume_and_die(path: str, after: int) -> None:
+    """`python -m trainer resume`, killed after so many writes."""
     light.die_after_writing(after)
-    manifest = Manifest.load(path)
-    left = [j for j, s in zip(manifest.jobs, states(manifest), strict=True) if s.state != "completed"]
-    os._exit(run_left(manifest, left))
+    os._exit(verbs.resume([path]))
 
 
-def run_left(manifest: Manifest, left: list[Job]) -> int:
-    with driving(manifest.path):
-        return Pool(manifest, [Slot()] * 2, say=lambda text: None, server=SERVER).run(left)
+def in_a_process(target: Callable[..., None], *arguments: object) -> int | None:
+    """Its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
+    process.start()
+    process.join(60)
+    return process.exitcode
 
 
-def test_twenty_deaths_of_the_launcher(sweep, monkeypatch):
-    """Killed after its first write, its second … : whoever goes on finds a whole manifest, and completes what is left, once."""
-    manifest = sweep(*["work 0.05"] * 24)
+def test_twenty_deaths_of_the_launcher(sweep, light_jobs):
+    """Killed after its first write, its second … : `resume` finds a whole manifest, and completes what is left, once."""
+    manifest = sweep(*["work 0.05"] * 48)
     finished: dict[int, float] = {}
     for death in range(20):
-        process = multiprocessing.get_context("fork").Process(target=_launch_and_die, args=(str(manifest.path), 1 + death % 7))
-        process.start()
-        process.join(60)
-        assert not process.is_alive()
+        left = 48 - len(finished)  # `resume` marks each as queued; then the manifest is written for every start
+        assert in_a_process(_resume_and_die, str(manifest.path), (1, left + 1)[death % 2] + death // 2) == -signal.SIGKILL
         for job in Manifest.load(manifest.path).jobs:  # whole, every time
             result = manifest.directory(job).result_path
             if result.exists():
                 finished.setdefault(job.index, result.stat().st_mtime)
-    manifest = Manifest.load(manifest.path)
-    assert run_left(manifest, [j for j, s in zip(manifest.jobs, states(manifest), strict=True) if s.state != "completed"]) == 0
-    assert how(manifest) == ["completed"] * 24
+    assert 0 < len(finished) < 48, "some were done by then, and some are left"
+    assert verbs.resume([str(manifest.path)]) == 0
+    assert how(manifest) == ["completed"] * 48
     for index, when in finished.items():  # what was done was not done again
         assert manifest.directory(manifest.jobs[index]).result_path.stat().st_mtime == when
         assert max(times(manifest, index)) <= when
 
 
-def test_the_jobs_of_a_killed_launcher_stop_and_are_waited_for(sweep):
-    manifest = sweep("work 30", "work 0")
+def test_the_jobs_of_a_killed_launcher_stop_and_are_waited_for(sweep, light_jobs):
+    manifest = sweep("save 30", "work 0")
     process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(run(manifest)))
     process.start()
     while not times(manifest, 0):
         time.sleep(0.02)
     process.kill()
     process.join()
+    assert how(manifest)[0] == "running", "it is saving"
     (manifest.directory(manifest.jobs[0]).path / light.SCRIPT).write_text("work 0")
-    assert run(Manifest.load(manifest.path)) == 0
+    assert verbs.resume([str(manifest.path)]) == 0
     assert how(manifest) == ["completed", "completed"]
     assert len(times(manifest, 0)) == 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import time
 import pytest
 
 from tests.trainer.sweep import light
-from tests.trainer.sweep.test_pool import SERVER, how, run, times
+from tests.trainer.sweep.test_pool import how, run, times
 from trainer.errors import ConfigError
 from trainer.launch.compose import compose_run
 from trainer.rundir import RunDirectory
@@ -20,10 +19,7 @@ from trainer.sweep import drive, verbs
 from trainer.sweep.causes import Cause, cause_of, remedy, smaller_pieces
 from trainer.sweep.manifest import Manifest
 
-
-@pytest.fixture(autouse=True)
-def _light_jobs(monkeypatch):
-    monkeypatch.setattr(drive, "Pool", functools.partial(drive.Pool, server=SERVER))
+pytestmark = pytest.mark.usefixtures("light_jobs")
 
 
 def script(manifest: Manifest, index: int, text: str) -> None:
@@ -130,7 +126,8 @@ def test_without_a_terminal(sweep):
         ("ConfigError: loop.batch_size=64: does not fit into the memory of cuda:0, cut into 1 part(s)", Cause.memory),
         ("killed by SIGKILL (out of memory?)", Cause.memory),
         ("SLURM says OUT_OF_MEMORY", Cause.memory),
-        ("DistributedError: rank 1 on n2 is gone without a word: killed, or out of memory", Cause.memory),
+        ("SLURM says OUT_OF_MEMORY: DistributedError: rank 1 on n2 is gone without a word: killed, or out of memory", Cause.memory),
+        ("DistributedError: rank 1 on n2 is gone without a word: killed, or out of memory", Cause.node),
         ("SLURM says NODE_FAIL", Cause.node),
         ("DistributedError: rank 0 of 2 could not join the others through n1", Cause.node),
         ("killed by SIGTERM", Cause.node),
@@ -172,3 +169,6 @@ def test_a_failed_node_is_left_out(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.status("failed", host="n7")
     assert remedy("SLURM says NODE_FAIL", directory).exclude == "n7"
+    assert remedy("SLURM says NODE_FAIL", directory, nodes=2).exclude is None  # it may be the healthy one
+    assert remedy("SLURM says NODE_FAIL", directory, nodes=2, failed_node="n8").exclude == "n8"
+    assert remedy("DistributedError: rank 1 on n2 is gone without a word: killed, or out of memory", directory, nodes=2).exclude == "n2"

@@ -67,8 +67,8 @@ def scan_cub(root: Path) -> Table:
             "train_test_split.txt",
             "classes.txt",
             "bounding_boxes.txt",
-            "parts",
-            "segmentations",
+            "parts/parts.txt",
+            "parts/part_locs.txt",
         ):
             watch.add(root / name)
         images = _rows(root / "images.txt", 2)
@@ -93,7 +93,7 @@ def scan_cub(root: Path) -> Table:
         meta = {"classes": [classes[c] for c in present]}
         if (root / "parts" / "part_locs.txt").is_file():
             columns["parts"], meta["parts"] = _parts(root / "parts", ids)
-        masks = _masks(root, paths)
+        masks = _masks(root, paths, watch)
         if masks is not None:
             columns["mask"] = masks
         return columns, meta
@@ -113,11 +113,20 @@ def _parts(folder: Path, ids: dict[str, int]) -> tuple[np.ndarray, list[str]]:
     return parts, names
 
 
-def _masks(root: Path, paths: Sequence[str]) -> Strings | None:
-    """Outlines beside the images, `segmentations/` for `images/`, with the ending .png; None unless every image has one."""
+def _masks(root: Path, paths: Sequence[str], watch: Watch) -> Strings | None:
+    """Outlines beside the images, `segmentations/` for `images/`, with the ending .png; None where there are none.
+
+    Which there are is watched, folder by folder; what is in them is read when it is asked for.
+
+    Raises:
+        LayoutError: only some images have one.
+    """
+    watch.add(root / "segmentations")
     if not (root / "segmentations").is_dir():
         return None
     masks = [f"segmentations/{os.path.splitext(path.split('/', 1)[1])[0]}.png" for path in paths]
+    for folder in sorted({os.path.dirname(mask) for mask in masks}):
+        watch.add(root / folder)
     missing = [mask for mask in masks if not (root / mask).is_file()]
     if missing:
         raise LayoutError(f"{len(missing)} of {len(masks)} images have no outline in segmentations/, the first: {missing[0]}")
@@ -177,7 +186,7 @@ def scan_waterbirds(root: Path, outlines: Path | None) -> Table:
         columns: dict[str, Column] = {
             "path": Strings.pack(paths), "label": y.astype(np.int32), "part": part.astype(np.int8), "group": (y * 2 + place).astype(np.int32),
         }  # fmt: skip
-        masks = _masks(outlines, [f"images/{path}" for path in paths]) if outlines else None
+        masks = _masks(outlines, [f"images/{path}" for path in paths], watch) if outlines else None
         if masks is not None:
             assert outlines is not None
             up = os.path.relpath(outlines, root)

@@ -119,8 +119,8 @@ def settle(read: Annotations, policy: str, keep_empty: bool, where: str) -> tupl
 
 def _judge(boxes: np.ndarray, labels: np.ndarray, sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Which boxes have which defect, [M] bool each; a box has at most one."""
-    with np.errstate(invalid="ignore"):
-        x1, y1, x2, y2 = boxes.T
+    with np.errstate(invalid="ignore", over="ignore"):
+        x1, y1, x2, y2 = boxes.astype(np.float32).T  # as they will be stored: what is 1e-7 pixels wide has no width then
         width, height = sizes.T
         finite = np.isfinite(boxes).all(axis=1)
         known = finite & (labels >= 0)

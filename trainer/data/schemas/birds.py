@@ -27,8 +27,7 @@ class ListedConfig(DatasetConfig):
         return Path(self.path or "").expanduser()
 
     def facts(self) -> Facts:
-        train, val = self.build("train"), self.build("val")
-        return Facts(num_classes=len(train.classes), num_train=len(train), num_val=len(val))
+        return self.facts_of(self.build)
 
     def problems(self) -> Iterator[Problem]:
 
@@ -41,7 +40,7 @@ class ListedConfig(DatasetConfig):
         if wrong or not self.path:
             return
         try:
-            for split in ("train", "val"):
+            for split in self.splits:
                 source = self.build(split)
                 if not len(source):
                     yield Problem("dataset.path", self.path, f"its lists put no image into the {split} split")

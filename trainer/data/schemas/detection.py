@@ -48,8 +48,7 @@ class DetectionConfig(DatasetConfig):
         return source
 
     def facts(self) -> Facts:
-        train, val = self.source("train"), self.source("val")
-        return Facts(num_classes=len(train.classes), num_train=len(train), num_val=len(val), channels=train.channels)
+        return self.facts_of(self.source)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -67,7 +66,7 @@ class DetectionConfig(DatasetConfig):
     def content_problems(self) -> Iterator[Problem]:
 
         sources = {}
-        for split in ("train", "val"):
+        for split in self.splits:
             key, value = ("dataset.val_path", self.val_path) if split == "val" and self.val_path else ("dataset.path", self.path)
             try:
                 sources[split] = self.source(split)
@@ -78,7 +77,7 @@ class DetectionConfig(DatasetConfig):
                 return
             if not len(sources[split]):
                 yield Problem(key, value, f"the {split} split holds no image{'' if self.keep_empty else ' with a box'}")
-        train, val = sources["train"], sources["val"]
+        train, val = (sources[split] for split in (self.splits[0], self.splits[-1]))
         if tuple(train.classes) != tuple(val.classes):
             yield Problem(
                 "dataset.path",
@@ -129,7 +128,7 @@ class CocoConfig(DetectionConfig):
         return coco_source(annotations, self.root(split) / named if named else None, split, self.bad_boxes, self.keep_empty)
 
     def layout_problems(self) -> Iterator[Problem]:
-        for split in ("train", "val"):
+        for split in self.splits:
             key = f"dataset.{split}_annotations"
             named = self.train_annotations if split == "train" else self.val_annotations
             found, root = self.annotations(split), self.root(split)
@@ -206,9 +205,10 @@ class VocConfig(DetectionConfig):
         )
 
     def layout_problems(self) -> Iterator[Problem]:
-        for split in ("train", "val"):
+        for split in self.splits:
             for what in ("annotations", "images", f"{split}_list"):
-                if self.place(what, split) is None and not (split == "val" and not self.val_path and what in self.FOLDERS):
+                told = split != self.splits[0] and not self.val_path and what in self.FOLDERS  # of both splits at once
+                if self.place(what, split) is None and not told:
                     named = getattr(self, what)
                     looked = " or ".join(self.FOLDERS.get(what, tuple(f"ImageSets/Main/{n}.txt, *_{n}.txt" for n in SPLIT_NAMES[split])))
                     reason = f"not found in {self.root(split)}" if named else f"{self.root(split)} has no {looked}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from trainer.config.dataset import DatasetConfig, Facts
 from trainer.config.fields import setting
@@ -67,15 +66,16 @@ class ImageFolderConfig(DatasetConfig):
         part = None if self.val_fraction is None else (split, self.val_fraction, self.split_seed)
         return folder_source(train if split == "train" else val, self.extensions, self.classes(), part, grouped=self.GROUPED)
 
-    def to_evaluate(self) -> DatasetConfig:
-        root = Path(self.path or "").expanduser()
-        if self.val_path or self.val_fraction is not None or (root / self.train_folder).is_dir():
-            return self
-        folder = self.val_folder if (root / self.val_folder).is_dir() else "."  # the classes themselves lie in it
-        return dataclasses.replace(self, train_folder=folder, val_folder=folder)
+    def alone(self, split: str) -> Self:
+        root, one = Path(self.path or "").expanduser(), super().alone(split)
+        own, other = (self.train_folder, self.val_folder) if split == "train" else (self.val_folder, self.train_folder)
+        if not self.val_path and self.val_fraction is None and not (split == "val" and (root / other).is_dir()):
+            folder = own if (root / own).is_dir() or (root / other).is_dir() else "."  # the classes themselves lie in it
+            one.train_folder = one.val_folder = folder
+        return one
 
     def facts(self) -> Facts:
-        return Facts(num_classes=len(self.classes()), num_train=len(self.build("train")), num_val=len(self.build("val")))
+        return self.facts_of(self.build)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -41,8 +41,7 @@ class HuggingFaceConfig(DatasetConfig):
     def facts(self) -> Facts:
         if not self.path:  # the hub would be asked for a dataset called "None"
             return Facts()
-        train, val = self.build("train"), self.build("val")
-        return Facts(num_classes=len(train.classes), num_train=len(train), num_val=len(val))
+        return self.facts_of(self.build)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -52,7 +51,7 @@ class HuggingFaceConfig(DatasetConfig):
             yield Problem("dataset", "hugging_face", "needs the package `datasets`, which is not installed", 'pip install "trainyard[hf]"')
         elif self.path:
             try:
-                train, val = self.build("train"), self.build("val")
+                train, val = (self.build(split) for split in (self.splits[0], self.splits[-1]))
                 if tuple(train.classes) != tuple(val.classes):
                     yield Problem("dataset.val_split", self.val_split, "its classes differ from the training split's")
             except OSError as error:

@@ -60,7 +60,7 @@ class WebDatasetConfig(DatasetConfig):
         if self.streaming:
             return frozenset({"image", "label"})
         try:
-            return frozenset({"image", *self.table("train").meta["fields"]})
+            return frozenset({"image", *self.table(self.splits[0]).meta["fields"]})
         except (OSError, DataError):
             return frozenset({"image", "label"})  # problems() says what is the matter
 
@@ -76,10 +76,10 @@ class WebDatasetConfig(DatasetConfig):
         if not path:
             raise LayoutError("is not set, and no info file is named")
         if names.is_pattern(path):
-            if split == "val" and not self.val_path:
+            if split == "val" and not self.val_path and "train" in self.splits:
                 raise LayoutError(f"{path} names training shards; dataset.val_path must name those of validation")
             return names.of_pattern(path)
-        return names.of_directory(str(Path(path).expanduser().absolute()), split, alone=bool(self.val_path))
+        return names.of_directory(str(Path(path).expanduser().absolute()), split, alone=bool(self.val_path) or len(self.splits) == 1)
 
     def info_files(self) -> list[str]:
         from trainer.data.shards import names, store
@@ -141,7 +141,7 @@ class WebDatasetConfig(DatasetConfig):
 
     def reader_problems(self, ranks: int) -> Iterator[Problem]:
         """In streaming, every reader needs a training shard of its own."""
-        each = max(int(self.num_workers), 1) if self.num_workers != "auto" else 1
+        each = max(int(self.num_workers), 1) if self.num_workers != "auto" else 1  # auto takes no more than there are shards for
         count = len(self.shards("train").places) if self.streaming else None
         if count is not None and count < ranks * each:
             key, value = ("dataset.num_workers", self.num_workers) if ranks <= count else ("dataset.streaming", True)
@@ -154,8 +154,7 @@ class WebDatasetConfig(DatasetConfig):
             )
 
     def facts(self) -> Facts:
-        train, val = self.source("train"), self.source("val")
-        return Facts(num_classes=len(train.classes), num_train=len(train), num_val=len(val), channels=train.channels)
+        return self.facts_of(self.source)
 
     def problems(self) -> Iterator[Problem]:
         if self.info and not self.path:
@@ -165,7 +164,7 @@ class WebDatasetConfig(DatasetConfig):
         found = [*self._path_problems()]
         yield from found
         if not found and (self.path or self.info):
-            for split in ("train", "val"):
+            for split in self.splits:
                 try:
                     shards = self.shards(split)
                 except OSError as error:
@@ -178,7 +177,7 @@ class WebDatasetConfig(DatasetConfig):
                         f"{split} split: {error}",
                     )
                     return
-                yield from self._class_problems(shards) if split == "train" else ()
+                yield from self._class_problems(shards) if split == self.splits[0] else ()
                 yield from self._size_problems(split, shards)
 
     def _path_problems(self) -> Iterator[Problem]:
@@ -223,7 +222,7 @@ class WebDatasetConfig(DatasetConfig):
                 yield Problem(
                     key,
                     None,
-                    f"the size of a stream without an info file must be given ({len(shards.places)} shards)",
+                    f"the size of a stream that no info file tells must be given ({len(shards.places)} shards)",
                     f"{key}=<samples>, or dataset.streaming=false",
                 )
             return

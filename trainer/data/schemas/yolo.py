@@ -85,7 +85,7 @@ class YoloConfig(DetectionConfig):
                 f"dataset.val_path={self.val_path} is set too: validation data come from one place",
                 "dataset.val_fraction=null",
             )
-        for split in ("train", "val"):
+        for split in self.splits:
             if self.folders(split) is None:
                 name = SPLIT_NAMES[split][0]
                 flat = (root / "images").is_dir() and (root / "labels").is_dir()
@@ -141,7 +141,7 @@ class MultispectralConfig(YoloConfig):
         found = [*super().content_problems()]
         yield from found
         if not found:
-            source = self.source("train")
+            source = self.source(self.splits[0])
             there = array_channels(source.name(0))
             if there != self.channels:
                 yield Problem("dataset.channels", self.channels, f"{source.name(0)} has {there}", f"dataset.channels={there}")

@@ -108,11 +108,11 @@ def _split_of(name: str) -> set[str]:
 
 
 def of_info(places: Sequence[str], split_names: Sequence[str]) -> Shards:
-    """The shards that info files list under one of `split_names`, file after file."""
+    """The shards that info files list under one of `split_names`, file after file. Their samples are known where every file tells."""
     shards: list[str] = []
     lengths: list[int] = []
     known: list[str] = []
-    size = 0
+    sizes: list[int | None] = []  # of each file that has the split
     for place in places:
         splits = read_info(place)["splits"]
         known += splits
@@ -122,7 +122,7 @@ def of_info(places: Sequence[str], split_names: Sequence[str]) -> Shards:
         names, counts = entry["filenames"], entry.get("shard_lengths")
         shards += [join(parent(place), name) for name in names]
         lengths += counts if isinstance(counts, list) and len(counts) == len(names) else []
-        size += entry.get("num_samples") or sum(counts or [])
+        sizes.append(entry.get("num_samples") or sum(counts or []) or None)
     if not shards:
         raise LayoutError(
             f"{', '.join(places)}: no split {' or '.join(split_names)}; there are {', '.join(dict.fromkeys(known)) or 'none'}"
@@ -132,7 +132,12 @@ def of_info(places: Sequence[str], split_names: Sequence[str]) -> Shards:
         raise LayoutError(
             f"{', '.join(places)}: {len(missing)} of the {len(shards)} shards listed are missing: {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
         )
-    return Shards(tuple(shards), tuple(lengths) if len(lengths) == len(shards) else None, size or None, ", ".join(places))
+    whole = [p if is_remote(p) else os.path.normpath(p) for p in shards]
+    doubled = [p for p in whole if whole.count(p) > 1] if len(set(whole)) < len(whole) else []
+    if doubled:
+        raise LayoutError(f"{', '.join(places)}: {doubled[0]} is listed more than once")
+    size = None if None in sizes else sum(n for n in sizes if n)
+    return Shards(tuple(shards), tuple(lengths) if len(lengths) == len(shards) else None, size, ", ".join(places))
 
 
 def read_info(place: str) -> dict[str, Any]:

@@ -78,6 +78,10 @@ class StreamSource:
         vars(self).update(state)
         self._forget()
 
+    def most_readers(self, ranks: int) -> int:
+        """Workers that each of `ranks` ranks can have, as no two may read one shard."""
+        return len(self.places) // ranks
+
     def divide(self, rank: int, ranks: int, workers: int) -> None:
         """Tell the source who will read it, before anyone does.
 
@@ -91,7 +95,7 @@ class StreamSource:
                     "dataset.num_workers",
                     workers,
                     f"{ranks} ranks x {each} readers are more than the {len(self.places)} training shards, and in streaming no two may read one",
-                    f"dataset.num_workers={len(self.places) // ranks}, or smaller shards",
+                    f"dataset.num_workers={self.most_readers(ranks)}, or smaller shards",
                 )
             )
         if self.train and rank == 0:

@@ -134,10 +134,12 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     size, folder = parse_size(arguments.size), Path(arguments.folder).expanduser()
     config = dataset_config(arguments.dataset, {"path": arguments.source}, arguments.fields)
+    if arguments.split != "all":
+        config = config.alone(arguments.split)
     problems = list(config.problems())
     if problems:
         raise ConfigError(*problems)
-    for name in ["train", "val"] if arguments.split == "all" else [arguments.split]:
+    for name in config.splits:
         source: Source = config.build(name)
         packed = pack(
             source,
