@@ -21,7 +21,7 @@ from tests.test_launch import Call
 from tests.thresholds import OVERFIT_MAP_50
 from trainer import load_model
 from trainer.data.shards.verbs import shards
-from trainer.errors import Stopped
+from trainer.errors import Diverged, Stopped
 from trainer.launch.compose import compose_run
 from trainer.run import train
 from trainer.rundir import RunDirectory
@@ -217,7 +217,7 @@ def test_a_sweep_over_backbones_in_two_streams_goes_on_behind_a_failure(tmp_path
     line = ["-m", "experiment=all_backbones", "model=mit_b1,mit_b0", f"dataset.path={tmp_path / 'data'}", "dataset.image_size=64",
             "optimizer.lr=0.005,1e9", "loop.epochs=2", "loop.keep_checkpoints=2", "logger.plots=false", "runs_dir=runs", *FEW]  # fmt: skip
     call = Call("launch", *line, cwd=tmp_path)
-    assert call.code == 1, call.out + call.err
+    assert call.code == Diverged.exit_code, call.out + call.err  # that of the first job that failed
     (sweep,) = (tmp_path / "runs").glob("*/sweeps/*")
     assert Call("trainer", "report", str(sweep), cwd=tmp_path).code == 0
     jobs = json.loads((sweep / "final_summary.json").read_text())["runs"]

@@ -75,6 +75,7 @@ def test_coco_on_real_photographs(shared_data, caplog: pytest.LogCaptureFixture)
             source = config.build(split)
         assert f"1 boxes have no area: {flat}" in caplog.text  # the count, and the image with its id
         names = {c["id"]: c["name"] for c in document["categories"]}
+        classes = list(source.classes)
         by_image = {i["id"]: [a for a in document["annotations"] if a["image_id"] == i["id"] and a["area"]] for i in document["images"]}
         assert sum(map(len, by_image.values())) == total - 1
         assert len(source) == len(document["images"])
@@ -88,6 +89,13 @@ def test_coco_on_real_photographs(shared_data, caplog: pytest.LogCaptureFixture)
             assert [source.classes[c] for c in sample["labels"]] == [names[a["category_id"]] for a in truth]
             assert sample["area"].tolist() == [a["area"] for a in truth] and sample["image_id"] == image["id"]
             assert not sample["crowd"].any()
+            if split == "val":  # is scored against every object, the one without area too
+                listed = [
+                    [*a["bbox"], classes.index(names[a["category_id"]]), 0, a["area"]]
+                    for a in document["annotations"]
+                    if a["image_id"] == image["id"]
+                ]
+                assert sample["truth"].tolist() == listed
     sample = pickle.loads(pickle.dumps(source))[3]
     assert sample["image"].size == (640, 480) and sample["boxes"].dtype == np.float32 and sample["labels"].dtype == np.int64
     assert len(pickle.dumps(source)) < 2000

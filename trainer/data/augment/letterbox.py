@@ -100,6 +100,7 @@ class Boxed(Standard):
     cfg: Letterbox
 
     def __init__(self, cfg: Letterbox, dataset: DatasetConfig, *, train: bool) -> None:
+        # Contrast is about the mean of the square, with what lies beside the picture.
         colour = partial(colours.distort, probability=cfg.distortion) if cfg.distortion else None
         super().__init__(cfg, dataset, train=train, colour=colour)
         self.sides, self.jitter, self.min_visible = cfg.shorter_side, cfg.jitter, cfg.min_visible
