@@ -15,8 +15,9 @@ import trainer
 logger = logging.getLogger(__name__)
 
 # Seconds from the beginning of one drawing to that of the next at least, the longest pause while no epoch ends, and the share of the
-# time that may be spent on drawing, at low priority: what takes 2 s is drawn at the end of every epoch of 8 s and more.
-FLOOR, PAUSE, SHARE = 5.0, 120.0, 0.25
+# time that may be spent on drawing: what takes 2 s is drawn at the end of every epoch of 40 s and more. On a CPU that is busy
+# training more would be felt, low priority or not: threads that wait for one another wait for the one that shares its core.
+FLOOR, PAUSE, SHARE = 5.0, 120.0, 0.05
 SLOWEST = 120.0  # seconds: where its fonts are not indexed yet, matplotlib's first start takes tens
 
 
