@@ -19,7 +19,7 @@ LAYERS = tuple(
     for layer in (
         "errors",
         "config random schedule task files surroundings identity resample compiling pretrained probe lr_curve small_resnet dinov2 dilation backends",
-        "lock rundir environment vote watchdog rendezvous distributed signals log data augmentation_rules validation",
+        "lock rundir environment vote watchdog rendezvous distributed signals log data augmentation_rules validation cautions",
         "checkpoint ema adamw optim models pyramid mit fusion update state evaluation weights inference debug parts labels",
         "engine",
         "build feeds stages lr_finder batch_finder recorder run evaluate export knn",

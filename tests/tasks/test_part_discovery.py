@@ -30,6 +30,7 @@ from tests.ranks import distributed, run_ranks, torchrun_environments
 from tests.test_exact import assert_same_run, last, stop_after
 from tests.thresholds import LEARNS, PARTS_NMI, PARTS_TOP1
 from trainer.build import build_data, build_task
+from trainer.cautions import warnings_of
 from trainer.config import RunConfig
 from trainer.errors import ConfigError, DataError, Stopped
 from trainer.identity import identity
@@ -38,7 +39,6 @@ from trainer.launch import predict as predict_verb
 from trainer.launch.compose import CONF, checked, compose, compose_run
 from trainer.run import loaders, train
 from trainer.rundir import RunDirectory
-from trainer.validation import warnings_of
 
 TINY = [
     "task=part_discovery", "task.num_parts=4", "model=timm", "model.name=test_vit", "model.patch_size=8", "+model.args.depth=2", "dataset.image_size=32",

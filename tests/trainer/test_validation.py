@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tasks  # noqa: F401
-from trainer import validation
+from trainer import cautions, validation
+from trainer.cautions import warnings_of
 from trainer.config import RunConfig
 from trainer.config.dataset import is_test
 from trainer.config.loop import StageConfig
@@ -23,7 +24,7 @@ from trainer.data.order import Order
 from trainer.errors import ConfigError, Problem
 from trainer.launch.compose import checked, compose, compose_run
 from trainer.surroundings import emulates_bf16, surroundings
-from trainer.validation import problems_of, steps_per_epoch, validate, warnings_of
+from trainer.validation import problems_of, steps_per_epoch, validate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +66,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch):
             }.items():
                 monkeypatch.setenv(name, str(value))
             assert surroundings().size == size
-        monkeypatch.setattr(validation, "visible_gpus", lambda: gpus)
+        for module in (validation, cautions):
+            monkeypatch.setattr(module, "visible_gpus", lambda: gpus)
 
     return pretend
 
@@ -218,7 +220,7 @@ def test_batch_statistics_are_synchronised_on_gpus_only(sound, ranks):
 )
 def test_a_warning_is_no_error(sound, ranks, monkeypatch, changes, says):
     ranks(1, gpus=0)
-    monkeypatch.setattr(validation, "emulates_bf16", lambda: True)
+    monkeypatch.setattr(cautions, "emulates_bf16", lambda: True)
     run = changed(sound, **changes)
     assert not told(run)
     (warning,) = warnings_of(run)

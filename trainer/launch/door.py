@@ -59,7 +59,7 @@ def override_arguments(verb: str, description: str) -> ArgumentParser:
 
 def checked_run(overrides: Sequence[str], config_dir: str | None = None) -> RunConfig:
     """The run behind a command line, with its warnings said. Raises ConfigError with everything that is wrong."""
-    from trainer.validation import warnings_of
+    from trainer.cautions import warnings_of
 
     first = speaks()
     try:

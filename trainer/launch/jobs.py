@@ -268,7 +268,7 @@ def _refuse_twins(jobs: Sequence[Planned]) -> None:
 
 
 def _warnings(jobs: Sequence[Planned], launcher: str) -> list[str]:
-    from trainer.validation import warnings_of
+    from trainer.cautions import warnings_of
 
     here = launcher == "local"
     return list(dict.fromkeys(warning for job in jobs for warning in warnings_of(job.run, here=here)))
