@@ -265,7 +265,7 @@ class Engine:
                 self._visit(batches, evaluator.update)
             if not self.stop_reason:
                 bad = getattr(batches, "bad", None)
-                self._judge(bad, self.world.sum(torch.tensor(float(len(bad.found)))).item() if bad else 0)
+                self._judge(bad, self.world.sum(torch.tensor(float(len(bad.found)), device=self.world.device)).item() if bad else 0)
                 scores = {f"val/{name}": value for name, value in evaluator.compute().items()}
             if scores is not None and illustrate and self.world.is_main and isinstance(evaluator, Illustrates):
                 with self.autocast or nullcontext():
