@@ -626,7 +626,7 @@ def test_every_layout_packed_by_the_command_line_is_read_back_the_same(name: str
         for i in range(count):
             assert_same(source[i], truth[i])
             assert encoded(source, i) == encoded(truth, i)
-    assert web.offers == set(truth[0]) - {"image_id", "crowd", "area", "labels"}
+    assert web.offers == set(truth[0]) - {"image_id", "crowd", "area", "labels", "truth"}
 
 
 def test_birders_detection_shards(tmp_path: Path) -> None:
