@@ -179,14 +179,17 @@ def build_sgd(cfg: SgdConfig, groups: list[dict[str, Any]]) -> Optimizer:
 
 
 class Sgd(torch.optim.SGD):
-    """torch's, whose fused kernel wants a momentum of every parameter or of none: where some have their first gradient later
-    than others (a layer that a task lets rest at first), theirs begins at zero, which is what the first gradient is added to."""
+    """torch's, with momenta that begin at zero, which is what the first gradient is added to.
+
+    torch's fused kernel takes memory for them at the first step and fills it there, unless that step is skipped for a bad
+    gradient, as fp16's first ones usually are: then the next step adds to whatever lay there (torch 2.15, optim/sgd.py). And it
+    wants a momentum of every parameter or of none, while some may have their first gradient later than others.
+    """
 
     def _init_group(self, group: Any, params: Any, grads: Any, momentum_buffer_list: list[Any]) -> bool:
         sparse = super()._init_group(group, params, grads, momentum_buffer_list)  # pyright: ignore[reportAttributeAccessIssue]
-        missing = [i for i, momentum in enumerate(momentum_buffer_list) if momentum is None]
-        if 0 < len(missing) < len(momentum_buffer_list):
-            for i in missing:
+        for i, momentum in enumerate(momentum_buffer_list):
+            if momentum is None:
                 momentum_buffer_list[i] = torch.zeros_like(params[i])
         return sparse
 

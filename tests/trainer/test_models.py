@@ -24,6 +24,7 @@ from trainer import models, pretrained
 from trainer.config.loop import LoopConfig
 from trainer.config.model import ModelConfig, TimmModel, TorchvisionModel
 from trainer.errors import ConfigError, Problem
+from trainer.launch.store import tell_hydra
 
 
 def build(cfg: ModelConfig, size: int = 32, channels: int = 3, classes: int = 5) -> nn.Module:
@@ -407,6 +408,7 @@ def test_nothing_is_done_unasked() -> None:
 
 def test_every_choice_is_a_network(pytestconfig: pytest.Config) -> None:
     folder = pytestconfig.rootpath / "conf"
+    tell_hydra()
     with initialize_config_dir(str(folder), version_base="1.3"):
         names = sorted(path.stem for path in (folder / "model").glob("*.yaml"))
         found: dict[str, Any] = {n: OmegaConf.to_object(compose(overrides=[f"+model={n}"]).model) for n in names}

@@ -17,6 +17,7 @@ from torch import nn
 from tests.thresholds import LEARNS
 from trainer.config.optimizer import AdamW, LrScaling, OptimizerConfig, ParamRule, Sgd, TimmOptimizer
 from trainer.errors import ConfigError, Problem
+from trainer.launch.store import tell_hydra
 from trainer.optim import layer_scales, parameter_groups
 
 NETWORKS = ["test_vit", "test_vit3", "test_resnet", "test_convnext", "test_efficientnet", "test_vit_relpos"]
@@ -209,6 +210,7 @@ def test_square_root_scaling_as_part_discovery_uses_it() -> None:
 
 def choices(pytestconfig: pytest.Config) -> dict[str, OptimizerConfig]:
     folder = pytestconfig.rootpath / "conf"
+    tell_hydra()
     with initialize_config_dir(str(folder), version_base="1.3"):
         names = sorted(path.stem for path in (folder / "optimizer").glob("*.yaml"))
         found = {name: OmegaConf.to_object(compose(overrides=[f"+optimizer={name}"]).optimizer) for name in names}
@@ -346,3 +348,18 @@ def test_sgd_takes_a_parameter_that_begins_later_than_others(fused):
         optimizer.step()
     torch.testing.assert_close(rests.data, torch.full((3,), 1 - 0.1 * (1 + 1.9)))
     torch.testing.assert_close(moves.data, torch.full((3,), 1 - 0.1 * (1 + 1.9 + 2.71)))
+
+
+def test_momentum_is_not_what_lay_in_memory_where_the_first_step_is_skipped():
+    """As fp16's first steps are, until its scale fits."""
+    weights = [torch.nn.Parameter(torch.ones(50_000)) for _ in range(4)]
+    optimizer: Any = Sgd(lr=0.5, weight_decay=0.0, momentum=0.9).build([{"params": weights, "lr": 0.5, "weight_decay": 0.0}])
+    garbage = [torch.full((50_000,), 7.0) for _ in range(16)]  # what the allocator then hands out again
+    del garbage
+    optimizer.grad_scale = None
+    for bad, gradient in ((1.0, float("inf")), (0.0, 1.0)):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, gradient)
+        optimizer.found_inf = torch.tensor(bad)
+        optimizer.step()
+    assert all((weight == 0.5).all() for weight in weights)
