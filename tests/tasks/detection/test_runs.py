@@ -188,7 +188,7 @@ def test_eight_photographs_of_blood_are_learned_by_heart(shared_data, tmp_path):
         "debug=overfit",
         "loop.batch_size=8",
         "loop.epochs=120",
-        "loop.validate_every=60",
+        "loop.validate_every_steps=60",
     ]
     done = train(compose_run(*overrides), RunDirectory(tmp_path / "run"))
     assert done["best"]["val/map_50"] >= 0.95
