@@ -123,28 +123,33 @@ def _signed(x: int) -> int:
 class SampleRandom:
     """A sample's own numbers, one after the other: for transforms that run on one sample at a time.
 
-    Its i-th `uniform()` is bit-equal to `uniform(keys, stream, count)[:, i]`.
+    Its i-th `uniform()` is bit-equal to `uniform(keys, stream, count)[:, i]`. `drawn` says whether anybody has asked for any:
+    what is made without is the same whatever the key.
     """
 
-    __slots__ = ("_base", "_counter", "key", "restores")
+    __slots__ = ("_base", "_counter", "drawn", "key", "restores")
 
     def __init__(self, key: int, stream: int = 0, *, restores: bool = True) -> None:
         self.key = key
         self.restores = restores
         self._base = mix(key ^ mix(stream + GOLDEN))
         self._counter = 0
+        self.drawn = False
 
     def stream(self, stream: int) -> SampleRandom:
         """The same sample's numbers for another use."""
+        self.drawn = True
         return SampleRandom(self.key, stream, restores=self.restores)
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """A number in [low, high)."""
+        self.drawn = True
         self._counter += GOLDEN
         return low + (high - low) * ((mix(self._base + self._counter) >> 40) * 2.0**-24)
 
     def integer(self, count: int) -> int:
         """One of range(count)."""
+        self.drawn = True
         self._counter += GOLDEN
         return (mix(self._base + self._counter) * count) >> 64
 
@@ -160,6 +165,7 @@ class SampleRandom:
         import numpy as np
         import torch
 
+        self.drawn = True
         saved = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if self.restores else None  # noqa: NPY002
         seed = fold(self.key, 0x6C0BA1)
         random.seed(seed)

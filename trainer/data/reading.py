@@ -100,7 +100,8 @@ class Reading:
     Args:
         rows: the places in the source that a replacement is drawn from; None = all.
         replace: put another sample in the place of a bad one; otherwise it is left out.
-        keep: bytes of samples that each process keeps, where the augmentation is `constant`: makes the same of a sample each time.
+        keep: bytes of samples that each process keeps: of those for which the augmentation drew nothing, which come out the same
+            each time.
     """
 
     def __init__(self, source: Source, augmentation: Augmentation, *, rows: np.ndarray | None = None, replace: bool, keep: int = 0) -> None:
@@ -111,7 +112,7 @@ class Reading:
         self.others = getattr(augmentation, "others", None)
         # An augmentation that cuts before it decodes wants images with their pixels still unread.
         self.lazy = bool(getattr(augmentation, "lazy", False)) and hasattr(source, "lazy")
-        self.room = keep if getattr(augmentation, "constant", False) else 0  # bytes
+        self.room = keep  # bytes
         self.kept: dict[int, dict[str, Any]] = {}
 
     def layout(self, sample: dict[str, Any], rows: int) -> Layout:
@@ -177,7 +178,7 @@ class Reading:
         augmentation: Any = self.augmentation
         if self.others is None or not self.others(random, epoch):
             sample = augmentation.sample(self._raw(index), random)
-            if self.room > 0:
+            if self.room > 0 and not random.drawn:
                 self._keep(index, sample)
             return sample
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.data.sources import Pictures, Plain, Rank, batches, equal, global_generators, take
-from trainer.config.augmentation import Basic
+from trainer.config.augmentation import Basic, Cub
 from trainer.data.augment.standard import Standard
+from trainer.data.augment.turned import Turned
 from trainer.data.loader import available_cores, train_loader, validation_loader, worker_count
 from trainer.data.order import Order
 
@@ -84,9 +85,16 @@ def test_as_much_is_kept_as_there_is_room_for(keep, held):
     assert sum(times >= 4 for times in source.opened.values()) == 13 - held
 
 
-def test_what_is_cut_at_random_is_not_kept():
+def turned() -> Turned:
+    """One that is `Standard` but for its draws in the worker."""
+    cfg = Cub(crop_scale=None, val_crop=1.0, hflip=0.0)
+    return Turned(cfg, Dataset(), train=True)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("augmentation", [everything, turned])
+def test_what_is_drawn_at_random_in_the_worker_is_not_kept(augmentation):
     source = Counted(13)
-    batches(16, Order(13, 0, 4, drop_last=False), source=source, augmentation=everything(), keep=1_000_000)
+    batches(16, Order(13, 0, 4, drop_last=False), source=source, augmentation=augmentation(), keep=1_000_000)
     assert min(source.opened.values()) >= 4
 
 

@@ -45,8 +45,6 @@ class Standard:
         self.mean, self.std = dataset.mean, dataset.std
         # What lies in the image's own frame has to turn with it, so these samples are mirrored in the worker.
         self.flips_early = train and bool(dataset.offers & SPATIAL)
-        # Whether what leaves the worker is the same each time: then it need not be decoded again (`dataset.keep_mb`).
-        self.constant = policy is None and not self.flips_early and not (train and cfg.crop_scale)
 
     def sample(self, sample: Sample, random: SampleRandom) -> dict[str, Any]:
         image = sample["image"]
