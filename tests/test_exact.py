@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,17 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         original(self, stream)
 
     monkeypatch.setattr(Engine, "train_step", train_step)
+
+
+def stopped_and_resumed(run: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, *overrides: str) -> None:
+    """`run(directory, *overrides)` once without a stop, in `unbroken`, and once stopped after this step, in `broken`: the same bits."""
+    run(tmp_path / "unbroken", *overrides)
+    with monkeypatch.context() as patch:
+        stop_after(patch, after)
+        with pytest.raises(Stopped):
+            run(tmp_path / "broken", *overrides)
+    run(tmp_path / "broken", *overrides)
+    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
 @pytest.mark.parametrize(("model", "feature", "workers"), list(itertools.product(MODELS, FEATURES, [0, 2])))

@@ -199,8 +199,9 @@ def test_where_the_queue_does_not_answer_nothing_is_queued(slurm, sweep, monkeyp
     monkeypatch.setattr(cluster, "queue", lambda: None)
     manifest.jobs[0].job_id = None  # as where the launcher died before it was told
     manifest.save()
-    with pytest.raises(ConfigError, match="does not say what it has in its queue"):
-        verbs.resume([str(manifest.path)])
+    for verb in (verbs.resume, verbs.retry):
+        with pytest.raises(ConfigError, match="does not say what it has in its queue"):
+            verb([str(manifest.path)])
     slurm.comes(job, "COMPLETED")
     assert runs(manifest) == 1
 

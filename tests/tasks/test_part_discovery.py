@@ -27,7 +27,7 @@ from tasks.part_discovery.task import PartDiscovery
 from tests.layouts import LAYOUTS
 from tests.processes import finish, logs, start, start_ranks
 from tests.ranks import distributed, run_ranks, torchrun_environments
-from tests.test_exact import assert_same_run, last, stop_after
+from tests.test_exact import assert_same_run, last, stop_after, stopped_and_resumed
 from tests.thresholds import LEARNS, PARTS_NMI, PARTS_TOP1
 from trainer.build import build_data, build_task
 from trainer.cautions import warnings_of
@@ -123,28 +123,16 @@ def _on(path: Path, dataset: str) -> list[str]:
 
 def test_resuming_ends_in_the_same_bits(tmp_path, monkeypatch):
     overrides = ["task.freeze_stage_1=true", "task.gumbel=true", "task.gumbel_at_eval=true", "optimizer.weight_decay_scaling=normalized"]
-    run(tmp_path / "unbroken", *overrides)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            run(tmp_path / "broken", *overrides)
-    run(tmp_path / "broken", *overrides)
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    stopped_and_resumed(run, tmp_path, monkeypatch, 2, *overrides)
     pictures = (tmp_path / "unbroken" / "previews").rglob("*.png")
     assert [p.relative_to(tmp_path / "unbroken" / "previews").as_posix() for p in pictures] == ["step-0000006/parts.png"]
 
 
 def test_half_precision_learns_and_resumes_in_the_same_bits(tmp_path, monkeypatch):
     overrides = ["precision=bf16", "task.gumbel=true", "optimizer.lr=1e-3", "task.terms_warmup=0", "loop.validate_every=5", "loop.epochs=5"]
-    run(tmp_path / "unbroken", *overrides)
+    stopped_and_resumed(run, tmp_path, monkeypatch, 2, *overrides)
     found = rows(tmp_path / "unbroken", "train/loss")
     assert np.mean(found[-5:]) < LEARNS * np.mean(found[:5])
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            run(tmp_path / "broken", *overrides)
-    run(tmp_path / "broken", *overrides)
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
 
 
 def test_resuming_with_a_schedule_of_freezing_ends_in_the_same_bits(tmp_path, monkeypatch):

@@ -11,11 +11,11 @@ import torch
 import torchvision
 from torch import nn
 
-from tests.test_exact import MODELS, assert_same_run, last, run, stop_after
+from tests.test_exact import MODELS, last, run, stopped_and_resumed
 from trainer.build import build_data, build_task
 from trainer.config import LoopConfig
 from trainer.config.optimizer import AdamW, LrScaling
-from trainer.errors import ConfigError, Stopped
+from trainer.errors import ConfigError
 from trainer.evaluation import Mean
 from trainer.launch.compose import checked, compose, compose_run
 from trainer.optim import parameter_groups
@@ -191,13 +191,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_and_resumed_to_the_same_bits(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     overrides = [*MODELS["batchnorm"], "dataset.num_workers=0", *KINDS[kind]]
-    run(tmp_path / "unbroken", *overrides)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        with pytest.raises(Stopped):
-            run(tmp_path / "broken", *overrides)
-    run(tmp_path / "broken", *overrides)
-    assert_same_run(tmp_path / "unbroken", tmp_path / "broken")
+    stopped_and_resumed(run, tmp_path, monkeypatch, 5, *overrides)
     if kind == "frozen":
         first = timm.create_model("test_resnet", num_classes=10).state_dict()
         saved = last(tmp_path / "unbroken")

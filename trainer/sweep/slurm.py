@@ -174,8 +174,16 @@ def _refused(said: str, manifest: Manifest, batch: Sequence[Job]) -> ConfigError
 
 
 def adopt(manifest: Manifest) -> None:
-    """Write down the ids of jobs that were queued by a launcher which died before it could."""
-    for job_id, _, comment in cluster.queue() or ():
+    """Write down the ids of jobs that were queued by a launcher which died before it could.
+
+    Raises:
+        ConfigError: SLURM is here and does not say what it has queued. Whoever starts jobs then would queue some of them twice.
+    """
+    rows = cluster.queue()
+    if rows is None and cluster.is_here():
+        reason = "SLURM does not say what it has in its queue (squeue), and no job must be there twice"
+        raise ConfigError(Problem("sweep", manifest.path, reason, "the same command, when `squeue --me` answers again"))
+    for job_id, _, comment in rows or ():
         _, mark, folder = comment.partition(_MARK)
         if not mark or Path(folder).parent.parent != manifest.path.absolute():
             continue

@@ -46,6 +46,10 @@ def retry(argv: Sequence[str]) -> int:
     manifest = Manifest.load(args.directory)
     again: list[Job] = []
     with driving(manifest.path):
+        if manifest.launcher == "slurm":
+            from trainer.sweep.slurm import adopt
+
+            adopt(manifest)
         words = _at_slurm(manifest) or {}
         for job, state in zip(manifest.jobs, states(manifest, words), strict=True):
             if state.state != "failed" or (args.jobs and job.index not in args.jobs):
@@ -126,9 +130,6 @@ def _is_left(manifest: Manifest, job: Job, state: State, named: Sequence[int]) -
 
 def _start(manifest: Manifest, jobs: Sequence[Job], *, wait: bool | None) -> int:
     if manifest.launcher == "slurm":  # what SLURM still has will run without our help
-        if jobs and cluster.queue() is None and cluster.is_here():
-            reason = "SLURM does not say what it has in its queue (squeue), and no job must be there twice"
-            raise ConfigError(Problem("sweep", manifest.path, reason, "the same command, when `squeue --me` answers again"))
         alive = cluster.ask([job.job_id for job in jobs])
         jobs = [job for job in jobs if alive.get(job.job_id or "") not in ("queued", "running")]
     if not jobs and not manifest.trials_left:
